@@ -1,0 +1,183 @@
+package proc
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestOwnCgroupHasThisProcess(t *testing.T) {
+	c, err := Own()
+	if err != nil {
+		t.Skip(err) // no cgroup v2 at all
+	}
+	pids, err := c.Pids()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Contains(pids, os.Getpid()) {
+		t.Fatalf("cgroup %s has %v, not this process %d", c, pids, os.Getpid())
+	}
+}
+
+func TestContains(t *testing.T) {
+	for _, c := range []struct {
+		cgroup, path string
+		want         bool
+	}{
+		{"/a.service", "/a.service", true},
+		{"/a.service", "/a.service/.control", true},
+		{"/a.service", "/a.service2", false},
+		{"/a.service", "/", false},
+		{"/", "/x", true},
+	} {
+		if got := (Cgroup{path: c.cgroup}).contains(c.path); got != c.want {
+			t.Errorf("%s contains %s: %v", c.cgroup, c.path, got)
+		}
+	}
+}
+
+func TestUnit(t *testing.T) {
+	for path, want := range map[string]string{
+		"/system.slice/echo.service":      "echo.service",
+		"/system.slice/_cpu.service":      "cpu.service",
+		"/user.slice/session-1.scope":     "",
+		"/system.slice/e@a\\x2db.service": "e@a\\x2db.service",
+		"/":                               "",
+	} {
+		if got := (Cgroup{path: path}).Unit(); got != want {
+			t.Errorf("unit of %s: %q, want %q", path, got, want)
+		}
+	}
+}
+
+func TestFindSignalWait(t *testing.T) {
+	c, err := Own()
+	if err != nil {
+		t.Skip(err) // no cgroup v2 at all
+	}
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Process.Kill()
+	p, err := c.Find(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if p.Wait(0) {
+		t.Fatal("a sleeping process counts as ended")
+	}
+	if _, err := (Cgroup{path: "/nowhere"}).Find(cmd.Process.Pid); !errors.Is(err, ErrElsewhere) {
+		t.Fatalf("found it in another cgroup: %v", err)
+	}
+	if Parent(cmd.Process.Pid) != os.Getpid() {
+		t.Fatalf("parent of the child is %d", Parent(cmd.Process.Pid))
+	}
+	if err := p.Signal(unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if !p.Wait(10 * time.Second) {
+		t.Fatal("still there after SIGKILL")
+	}
+	_ = cmd.Wait() // killed, as it should be
+	if err := p.Signal(unix.SIGTERM); err != nil {
+		t.Fatalf("signal to a dead process: %v", err)
+	}
+	if _, err := c.Find(cmd.Process.Pid); !errors.Is(err, unix.ESRCH) {
+		t.Fatalf("found a dead process: %v", err)
+	}
+}
+
+func TestHolder(t *testing.T) {
+	for _, network := range []string{"udp", "tcp"} {
+		for _, local := range []string{"127.0.0.1:0", "[::1]:0"} {
+			var addr netip.AddrPort
+			if network == "udp" {
+				c, err := net.ListenPacket(network, local)
+				if err != nil {
+					t.Skip(err) // no IPv6 here
+				}
+				defer c.Close()
+				addr = c.LocalAddr().(*net.UDPAddr).AddrPort()
+			} else {
+				l, err := net.Listen(network, local)
+				if err != nil {
+					t.Skip(err) // no IPv6 here
+				}
+				defer l.Close()
+				addr = l.Addr().(*net.TCPAddr).AddrPort()
+			}
+			none := func(uint64) bool { return false }
+			o, found := Holder(network, addr, none)
+			if !found || o.Pid != os.Getpid() || o.UID != os.Getuid() || o.Comm != Comm(os.Getpid()) {
+				t.Errorf("holder of %s %s: %v, %v", network, addr, o, found)
+			}
+			if o, found := Holder(network, addr, func(uint64) bool { return true }); found {
+				t.Errorf("our own socket was found: %v", o)
+			}
+		}
+	}
+}
+
+func TestParseParent(t *testing.T) {
+	for stat, want := range map[string]int{
+		"7 (a) S 3 7 7 0":     3,
+		"7 (a) b) (c) R 12 7": 12,
+		"7 (a) S":             0,
+		"":                    0,
+		"7 (a) S x 7":         0,
+		"7 (a) S -4 7":        0,
+		"garbage":             0,
+	} {
+		if got := parseParent([]byte(stat)); got != want {
+			t.Errorf("%q: parent %d, want %d", stat, got, want)
+		}
+	}
+}
+
+func TestSocketInodes(t *testing.T) {
+	c, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	raw, err := c.(*net.UDPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var inode uint64
+	if err := raw.Control(func(fd uintptr) { inode, err = Inode(int(fd)) }); err != nil {
+		t.Fatal(err)
+	}
+	inodes, err := SocketInodes(os.Getpid())
+	if err != nil || !slices.Contains(inodes, inode) {
+		t.Fatalf("%v, %v: no %d", inodes, err, inode)
+	}
+	if inodes, err := SocketInodes(1 << 30); err != nil || inodes != nil {
+		t.Fatalf("a process that does not exist: %v, %v", inodes, err)
+	}
+}
+
+// FuzzSocketLine: whatever the line, a port and a state stay in their range,
+// and what is found is found again in what the kernel would print for it.
+func FuzzSocketLine(f *testing.F) {
+	f.Add([]byte("  12: 0100007F:1451 00000000:0000 07 00000000:00000000 00:00000000 00000000  1000        0 4711 2 0000000000000000 0"))
+	f.Add([]byte("  12: 00000000000000000000000001000000:01BB 00000000000000000000000000000000:0000 0A 0:0 00:0 0 0 0 99 1"))
+	f.Fuzz(func(t *testing.T, line []byte) {
+		s, ok := parseSocket(line)
+		if ok && (!s.local.IsValid() || s.state < 0 || s.state > 255 || s.uid < 0) {
+			t.Fatalf("%q: %+v", line, s)
+		}
+		parseParent(line)
+		socketInode(line)
+	})
+}
