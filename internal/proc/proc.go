@@ -26,7 +26,14 @@ type Cgroup struct {
 // Own is the cgroup of the calling process: that of its unit. Commands of a
 // unit with Delegate= run in a .control below it, which is cut off.
 func Own() (Cgroup, error) {
-	path, err := cgroupOf(os.Getpid())
+	c, err := Of(os.Getpid())
+	c.dir, c.path = strings.TrimSuffix(c.dir, "/.control"), strings.TrimSuffix(c.path, "/.control")
+	return c, err
+}
+
+// Of is the cgroup of a process.
+func Of(pid int) (Cgroup, error) {
+	path, err := cgroupOf(pid)
 	if err != nil {
 		return Cgroup{}, err
 	}
@@ -34,7 +41,6 @@ func Own() (Cgroup, error) {
 	if err != nil {
 		return Cgroup{}, err
 	}
-	path = strings.TrimSuffix(path, "/.control")
 	return Cgroup{dir: filepath.Join(root, path), path: path}, nil
 }
 
