@@ -49,7 +49,7 @@ const (
 // Watch is the time after a flip in which the old instance stays whole, ready to take over again.
 type Watch struct {
 	Time  Duration // 0 to 1h; 0: no watch, the drain begins at the flip
-	Probe []string // run every second of the watch; a failure flips back. Empty: only the server's death does
+	Probe []string // run again and again during the watch; a failure flips back. Empty: only the server's death does
 }
 
 // Drain says how an old instance ends.
@@ -65,7 +65,8 @@ type Drain struct {
 }
 
 // Systemd holds directives to hand through to the unit, by section.
-// A key given here replaces every generated line of that key; an empty list removes them.
+// A key given here replaces every generated line of that key, and an empty list removes them; ExecStartPre alone is
+// additional. Parse has made sure that nothing is here which the mechanism needs otherwise.
 type Systemd struct {
 	Unit    Directives
 	Service Directives
@@ -91,6 +92,9 @@ func Default() *Service {
 			Grace:   Duration{5 * time.Second},
 			Timeout: Duration{10 * time.Minute},
 		},
-		Systemd: Systemd{Install: Directives{"WantedBy": {"multi-user.target"}}},
+		Systemd: Systemd{
+			Unit:    Directives{"After": {"network.target"}},
+			Install: Directives{"WantedBy": {"multi-user.target"}},
+		},
 	}
 }
