@@ -18,7 +18,7 @@ import (
 
 var update = flag.Bool("update", false, "write what the commands say now into testdata")
 
-// Each script in testdata holds commands ("$ grm …") with what they write on
+// Each script in testdata holds comments ("// …") and commands ("$ grm …") with what they write on
 // standard output, on standard error ("! …") and their exit status, if it is
 // not 0 ("? 3"). "@ NAME" chooses what the commands find.
 func TestScripts(t *testing.T) {
@@ -54,7 +54,7 @@ func play(t *testing.T, script string) string {
 	scene := "busy"
 	for line := range strings.Lines(script) {
 		switch {
-		case strings.HasPrefix(line, "#"), line == "\n":
+		case strings.HasPrefix(line, "//"), line == "\n":
 			out.WriteString(line)
 		case strings.HasPrefix(line, "@ "):
 			scene = strings.TrimSpace(line[2:])
