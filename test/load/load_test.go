@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
@@ -20,7 +21,7 @@ import (
 )
 
 // server answers on a loopback socket as its function says: with as many packets as that returns.
-func server(t *testing.T, address string, answer func(request []byte) [][]byte) netip.AddrPort {
+func server(t *testing.T, address string, answer func(request []byte) [][]byte) testServer {
 	t.Helper()
 	local := net.UDPAddrFromAddrPort(netip.MustParseAddrPort(address))
 	c, err := net.ListenUDP("udp", local)
@@ -44,7 +45,45 @@ func server(t *testing.T, address string, answer func(request []byte) [][]byte) 
 			}
 		}
 	})
-	return c.LocalAddr().(*net.UDPAddr).AddrPort()
+	return testServer{c.LocalAddr().(*net.UDPAddr).AddrPort(), c}
+}
+
+// testServer is the address of a running server, and its socket.
+type testServer struct {
+	netip.AddrPort
+	conn *net.UDPConn
+}
+
+// overflow is how many datagrams the kernel dropped because the server was too slow to take them: on a busy machine even a few are many.
+func (s testServer) overflow(t *testing.T) uint64 {
+	t.Helper()
+	conn, err := s.conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var info [9]uint32 // SK_MEMINFO_VARS, of which the last is SK_MEMINFO_DROPS
+	size := uint32(unsafe.Sizeof(info))
+	if err := conn.Control(func(fd uintptr) {
+		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, fd, unix.SOL_SOCKET, unix.SO_MEMINFO, uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+		if errno != 0 {
+			t.Errorf("SO_MEMINFO: %v", errno)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return uint64(info[8])
+}
+
+// clean fails the test if more went wrong than that the servers were too slow.
+func clean(t *testing.T, r Result, servers ...testServer) {
+	t.Helper()
+	var overflow uint64
+	for _, s := range servers {
+		overflow += s.overflow(t)
+	}
+	if r.Lost != overflow || r.Moved+r.Duplicated+r.Strange+r.Pending() != 0 {
+		t.Errorf("%d overflowed; %v", overflow, r)
+	}
 }
 
 func echo(instance string) func([]byte) [][]byte {
@@ -85,14 +124,14 @@ func TestAllAnswered(t *testing.T) {
 	for name, addresses := range map[string][]string{"IPv4": {"127.0.0.1:0"}, "IPv6": {"[::1]:0"}, "both": {"127.0.0.1:0", "[::1]:0"}} {
 		t.Run(name, func(t *testing.T) {
 			o := few
+			var servers []testServer
 			for _, a := range addresses {
-				o.Targets = append(o.Targets, server(t, a, echo("one")))
+				s := server(t, a, echo("one"))
+				servers, o.Targets = append(servers, s), append(o.Targets, s.AddrPort)
 			}
 			r := run(t, o, uint64(testenv.Scale(1000)))
-			if err := r.Err(); err != nil {
-				t.Error(err)
-			}
-			if one := r.Instances["one"]; one.Answers != r.Sent || one.Flows != r.Flows-unanswered(r) || len(r.Instances) != 1 {
+			clean(t, r, servers...)
+			if one := r.Instances["one"]; one.Answers != r.Answered || one.Flows != r.Flows-unanswered(r) || len(r.Instances) != 1 {
 				t.Errorf("instances: %v of %v", r.Instances, r)
 			}
 			if w := r.Windows[0]; w.Worst <= 0 || w.Quantile(0.5) > w.Quantile(0.99) || w.Quantile(1) != w.Worst {
@@ -130,9 +169,9 @@ func TestFaultsAreCounted(t *testing.T) {
 		return answer
 	})
 	o := few
-	o.Targets = []netip.AddrPort{target}
+	o.Targets = []netip.AddrPort{target.AddrPort}
 	r := run(t, o, uint64(testenv.Scale(1000)), func(g *Generator) { g.Mark("second") }, func(g *Generator) { g.Mark("third") })
-	if r.Sent != requests.Load() || r.Lost != swallowed.Load() || r.Duplicated != repeated.Load() || r.Strange != strange.Load() || r.Moved != 0 {
+	if r.Sent != requests.Load()+target.overflow(t) || r.Lost != swallowed.Load()+target.overflow(t) || r.Duplicated != repeated.Load() || r.Strange != strange.Load() || r.Moved != 0 {
 		t.Errorf("%d requests, %d swallowed, %d repeated, %d strange; but %v", requests.Load(), swallowed.Load(), repeated.Load(), strange.Load(), r)
 	}
 	if len(r.Missing) != maxMissing || r.Err() == nil {
@@ -164,7 +203,7 @@ func TestMoves(t *testing.T) {
 		name.Store("one")
 		target := server(t, "127.0.0.1:0", func(request []byte) [][]byte { return echo(name.Load().(string))(request) })
 		o := few
-		o.Targets, o.Length = []netip.AddrPort{target}, 1_000_000 // no flow ends before the end
+		o.Targets, o.Length = []netip.AddrPort{target.AddrPort}, 1_000_000 // no flow ends before the end
 		r := run(t, o, uint64(testenv.Scale(1000)), func(g *Generator) {
 			if err := g.Until("every flow was answered", time.Minute, func(r Result) bool { return r.Instances["one"].Flows == uint64(o.Flows) }); err != nil {
 				t.Fatal(err)
@@ -179,7 +218,7 @@ func TestMoves(t *testing.T) {
 		if killed {
 			moved, taken = taken, moved
 		}
-		if r.Moved != moved || r.TakenOver != taken || r.Lost != 0 || r.Instances["two"].Flows != 0 {
+		if r.Moved != moved || r.TakenOver != taken || r.Lost != target.overflow(t) || r.Instances["two"].Flows != 0 {
 			t.Errorf("killed %v: %v", killed, r)
 		}
 	}
@@ -188,12 +227,11 @@ func TestMoves(t *testing.T) {
 func TestSingleShots(t *testing.T) {
 	o := few
 	o.Length = 1
-	o.Targets = []netip.AddrPort{server(t, "127.0.0.1:0", echo("one")), server(t, "[::1]:0", echo("two"))}
+	one, two := server(t, "127.0.0.1:0", echo("one")), server(t, "[::1]:0", echo("two"))
+	o.Targets = []netip.AddrPort{one.AddrPort, two.AddrPort}
 	r := run(t, o, uint64(testenv.Scale(1000)))
-	if err := r.Err(); err != nil {
-		t.Error(err)
-	}
-	if r.Flows < r.Sent || r.Instances["one"].Answers+r.Instances["two"].Answers != r.Sent {
+	clean(t, r, one, two)
+	if r.Flows < r.Sent || r.Instances["one"].Answers+r.Instances["two"].Answers != r.Answered {
 		t.Errorf("not one flow for each datagram: %v", r)
 	}
 }
@@ -214,12 +252,10 @@ func TestDNS(t *testing.T) {
 		return [][]byte{answer}
 	})
 	o := few
-	o.Targets, o.Protocol, o.Length = []netip.AddrPort{target}, DNS{}, 1
+	o.Targets, o.Protocol, o.Length = []netip.AddrPort{target.AddrPort}, DNS{}, 1
 	r := run(t, o, uint64(testenv.Scale(1000)))
-	if err := r.Err(); err != nil {
-		t.Error(err)
-	}
-	if r.Instances["one"].Answers != r.Sent {
+	clean(t, r, target)
+	if r.Instances["one"].Answers != r.Answered {
 		t.Error(r)
 	}
 }
@@ -241,16 +277,18 @@ func TestNobodyListens(t *testing.T) {
 
 func TestEndsByItself(t *testing.T) {
 	o := few
-	o.Targets = []netip.AddrPort{server(t, "127.0.0.1:0", echo("one"))}
+	one := server(t, "127.0.0.1:0", echo("one"))
+	o.Targets = []netip.AddrPort{one.AddrPort}
 	o.Duration = 200 * time.Millisecond
 	g, err := Start(context.Background(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
 	r, err := g.Wait()
-	if err != nil || r.Err() != nil || r.Sent == 0 {
+	if err != nil || r.Sent == 0 {
 		t.Errorf("%v, %v", r, err)
 	}
+	clean(t, r, one)
 	g.Mark("after the end") // must not block
 	if again := g.Snapshot(); again.Sent != r.Sent || len(again.Windows) != len(r.Windows) {
 		t.Errorf("the account changed after the end: %v", again)
@@ -262,8 +300,8 @@ func TestEndsByItself(t *testing.T) {
 		t.Fatal(err)
 	}
 	cancel()
-	if r, err := g.Wait(); err != nil || r.Err() != nil {
-		t.Errorf("%v, %v", r, err)
+	if _, err := g.Wait(); err != nil {
+		t.Error(err)
 	}
 }
 
