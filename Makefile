@@ -2,7 +2,7 @@
 # Everything else is a part of them, or for whoever works on grm itself.
 
 # sudo's PATH often lacks the place where a current Go lives.
-GO       ?= $(shell command -v go || echo /usr/local/go/bin/go)
+export GO ?= $(shell command -v go || echo /usr/local/go/bin/go)
 PREFIX   ?= /usr
 DESTDIR  ?=
 FUZZTIME ?= 3s
@@ -23,7 +23,7 @@ manuals  = $(wildcard docs/man/*.8)
 # Packages whose tests need no rights, or few: these also run under the race detector.
 unprivileged = $(shell $(GO) list ./... | grep -v -e '/test' -e '/examples' -e '/bpfprog$$' -e '/activate$$')
 
-.PHONY: build demo test test-unit test-race test-fuzz test-stories bench flood soak fuzz lint \
+.PHONY: build demo test test-unit test-race test-fuzz test-stories test-kernels bench flood soak fuzz lint \
 	generate check-generated install clean deps-build deps-demo deps-test
 
 build:
@@ -41,10 +41,11 @@ test: deps-test
 	@$(MAKE) --no-print-directory test-race
 	@$(MAKE) --no-print-directory test-fuzz
 	@$(MAKE) --no-print-directory test-stories
+	@$(MAKE) --no-print-directory test-kernels
 	@echo "make test: all of it passed"
 
 test-unit: build
-	@$(GOTEST) -timeout 10m $$($(GO) list ./... | grep -v -e '/test/stories')
+	@$(GOTEST) -timeout 10m $$($(GO) list ./... | grep -v -e '/test/stories' -e '/test/vm$$')
 
 test-race:
 	@CGO_ENABLED=1 $(GOTEST) -race -timeout 10m $(unprivileged)
@@ -54,6 +55,10 @@ test-fuzz:
 
 test-stories: build
 	@$(GOTEST) -timeout 40m ./test/stories/...
+
+# What the kernel decides, on Debian's kernels under qemu.
+test-kernels:
+	@$(GOTEST) -timeout 20m ./test/vm
 
 # The long ones, not part of "make test".
 fuzz:
