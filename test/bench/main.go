@@ -1,0 +1,255 @@
+// Command bench measures grm and prints it as ratios, all from one run on one
+// machine: against the kernel's own choice, against programs that do nothing,
+// and against udpgrm if UDPGRM_DIR names a directory with its built binaries.
+//
+//	go run ./test/bench [-plots DIR] [-short] [-run REGEXP]
+//
+// It needs root. It works in network and mount namespaces and in a cgroup of
+// its own, so that nothing of it is left when it ends.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"grm/bpfprog"
+)
+
+// insideVariable says that this process runs in the benchmark's namespaces.
+const insideVariable = "GRM_BENCH_INSIDE"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	var err error
+	if os.Getenv(insideVariable) == "" {
+		err = outside(ctx)
+	} else {
+		err = inside(ctx, os.Args[1:])
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// outside runs this program again in namespaces of its own.
+func outside(ctx context.Context) error {
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", os.Args[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.Env = append(os.Environ(), insideVariable+"=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWNET,
+		Pdeathsig:  syscall.SIGTERM,
+	}
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = 30 * time.Second
+	err := cmd.Run()
+	if errors.Is(err, syscall.EPERM) {
+		return fmt.Errorf("%w (run it as root)", err)
+	}
+	return err
+}
+
+// bench is one run.
+type bench struct {
+	room
+	*traffic
+	ctx    context.Context
+	udpgrm *udpgrm // or nil
+	plots  string  // directory for them, or ""
+	short  bool
+	out    *tabwriter.Writer
+}
+
+// section is a part of the report.
+type section struct {
+	name string
+	run  func(*bench) error
+}
+
+var sections = []section{
+	{"programs", (*bench).programs},
+	{"echo", (*bench).endToEnd},
+	{"memory", (*bench).memory},
+	{"sockets", (*bench).socketCurve},
+	{"generations", (*bench).generationCurve},
+	{"flows", (*bench).flowCurve},
+	{"groups", (*bench).groupCurve},
+}
+
+func inside(ctx context.Context, args []string) (err error) {
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	plots := flags.String("plots", "", "write the curves as SVG into `DIR`")
+	short := flags.Bool("short", false, "fewer rounds and smaller tables: does it run at all?")
+	only := flags.String("run", ".", "only the sections that match `REGEXP`: programs echo memory sockets generations flows groups")
+	if err := flags.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return nil
+		}
+		return err
+	}
+	chosen, err := regexp.Compile(*only)
+	if err != nil {
+		return err
+	}
+	cgroup, err := prepare()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, leave(cgroup)) }()
+	stats, err := enableStats()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(stats)
+	t, err := newTraffic()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, t.close()) }()
+	b := &bench{
+		room: room{cgroup: cgroup, port: 1024}, traffic: t, ctx: ctx, plots: *plots, short: *short,
+		out: tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight),
+	}
+	if dir := os.Getenv("UDPGRM_DIR"); dir != "" {
+		daemon, cancel := context.WithCancel(ctx)
+		b.udpgrm, err = startUdpgrm(daemon, &b.room, dir)
+		if err != nil {
+			cancel()
+			return err
+		}
+		defer func() {
+			cancel()
+			_ = b.udpgrm.daemon.Wait() // it was told to end
+		}()
+	}
+	fmt.Printf("%s, %s, %d CPUs\n", strings.Join(append([]string{"bench"}, args...), " "), kernel(), runtime.NumCPU())
+	for _, s := range sections {
+		if !chosen.MatchString(s.name) {
+			continue
+		}
+		if err := errors.Join(s.run(b), b.out.Flush()); err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+func kernel() string {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return "unknown kernel"
+	}
+	return "Linux " + unix.ByteSliceToString(name.Release[:])
+}
+
+// prepare furnishes the namespaces, and returns the benchmark's cgroup.
+func prepare() (string, error) {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return "", fmt.Errorf("keep mounts to ourselves: %w", err)
+	}
+	if err := unix.Mount("bpf", filepath.Dir(bpfprog.Root), "bpf", 0, "mode=0700"); err != nil {
+		return "", fmt.Errorf("mount a bpffs: %w", err)
+	}
+	if err := loopback(); err != nil {
+		return "", err
+	}
+	root, err := unifiedHierarchy()
+	if err != nil {
+		return "", err
+	}
+	return os.MkdirTemp(root, "grm-bench-")
+}
+
+func loopback() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	request, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	request.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
+	return os.NewSyscallError("bring lo up", unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, request))
+}
+
+// unifiedHierarchy is where the cgroup2 file system is mounted.
+func unifiedHierarchy() (string, error) {
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if f := strings.Fields(line); len(f) > 2 && f[2] == "cgroup2" {
+			return f[1], nil
+		}
+	}
+	return "", errors.New("no cgroup2 file system is mounted (mount -t cgroup2 none /sys/fs/cgroup/unified)")
+}
+
+// leave moves the process out of the benchmark's cgroups and removes them.
+func leave(cgroup string) error {
+	if err := join(filepath.Dir(cgroup)); err != nil {
+		return fmt.Errorf("leave cgroup: %w", err)
+	}
+	below, err := os.ReadDir(cgroup)
+	for _, entry := range below {
+		if entry.IsDir() {
+			err = errors.Join(err, os.Remove(filepath.Join(cgroup, entry.Name())))
+		}
+	}
+	return errors.Join(err, os.Remove(cgroup))
+}
+
+// title begins a table.
+func (b *bench) title(format string, args ...any) {
+	_ = b.out.Flush() // what it could not write, the next flush reports
+	fmt.Printf("\n"+format+"\n", args...)
+}
+
+// row adds a line to the table.
+func (b *bench) row(cells ...any) {
+	for i, c := range cells {
+		if f, ok := c.(float64); ok {
+			cells[i] = fmt.Sprintf("%.0f", f)
+		}
+		fmt.Fprintf(b.out, "%v\t", cells[i])
+	}
+	fmt.Fprintln(b.out)
+}
+
+// draw writes a curve's plot, if plots are wanted.
+func (b *bench) draw(file string, p plot) (err error) {
+	if b.plots == "" {
+		return nil
+	}
+	if err := os.MkdirAll(b.plots, 0o755); err != nil {
+		return err
+	}
+	f, err := os.Create(filepath.Join(b.plots, file))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	return p.write(f)
+}

@@ -1,0 +1,81 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+)
+
+// probe is one thing to measure: what to do, and whose programs run meanwhile.
+type probe struct {
+	name   string
+	rx, tx []object
+	run    func() error
+}
+
+// sample is what a round of a probe cost: ns per run of the steering program
+// and of the sendmsg hook; 0 where there is none or it did not run.
+type sample struct{ rx, tx float64 }
+
+// measure runs the probes in turn, round after round, so that whatever else
+// the machine does meets all of them alike. It returns the samples per probe.
+func measure(rounds int, probes []probe) ([][]sample, error) {
+	samples := make([][]sample, len(probes))
+	for round := range rounds + 1 {
+		for i, p := range probes {
+			s, err := p.once()
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", p.name, err)
+			}
+			if round > 0 { // the first one warms up
+				samples[i] = append(samples[i], s)
+			}
+		}
+	}
+	return samples, nil
+}
+
+func (p probe) once() (s sample, err error) {
+	rx, err := totalRuns(p.rx)
+	if err != nil {
+		return s, err
+	}
+	tx, err := totalRuns(p.tx)
+	if err != nil {
+		return s, err
+	}
+	if err := p.run(); err != nil {
+		return s, err
+	}
+	if s.rx, err = since(p.rx, rx); err != nil {
+		return s, err
+	}
+	s.tx, err = since(p.tx, tx)
+	return s, err
+}
+
+func since(programs []object, before runs) (float64, error) {
+	after, err := totalRuns(programs)
+	if err != nil || after.count == before.count {
+		return 0, err
+	}
+	return float64(after.ns-before.ns) / float64(after.count-before.count), nil
+}
+
+// net is the median of what the probe cost beyond base in the same round.
+func net(probe, base []sample) sample {
+	rx, tx := make([]float64, len(probe)), make([]float64, len(probe))
+	for i := range probe {
+		rx[i], tx[i] = probe[i].rx-base[i].rx, probe[i].tx-base[i].tx
+	}
+	return sample{median(rx), median(tx)}
+}
+
+func gross(probe []sample) sample { return net(probe, make([]sample, len(probe))) }
+
+func median(values []float64) float64 {
+	v := slices.Sorted(slices.Values(values))
+	if n := len(v); n%2 == 0 {
+		return (v[n/2-1] + v[n/2]) / 2
+	}
+	return v[len(v)/2]
+}

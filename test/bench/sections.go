@@ -1,0 +1,556 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"time"
+)
+
+const (
+	hotFlows  = 512 // few enough to stay in the caches
+	roundSize = 1024
+)
+
+func (b *bench) rounds() int {
+	if b.short {
+		return 3
+	}
+	return 41
+}
+
+// group makes a target with one generation of n sockets. It is closed by
+// release, which the caller runs at the end.
+func (b *bench) group(s subject, o options, n int) (*target, error) {
+	t, err := s.target(o)
+	if err != nil {
+		return nil, err
+	}
+	return t, t.advance(n)
+}
+
+// garage keeps targets until a section is over.
+type garage struct{ targets []*target }
+
+func (g *garage) put(t *target, err error) (*target, error) {
+	if t != nil {
+		g.targets = append(g.targets, t)
+	}
+	return t, err
+}
+
+// empty closes them slowly: the kernel frees programs in the background, and
+// one that is given many at once can lock up (bpf_prog_pack_free).
+func (g *garage) empty(err *error) {
+	for _, t := range g.targets {
+		if e := t.close(); *err == nil {
+			*err = e
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// talk is a probe in which clients exchange datagrams with the target.
+func (b *bench) talk(name string, t *target, clients func() []client, cookies []uint16, answer bool) probe {
+	return probe{name, t.rx, t.tx, func() error {
+		return b.exchange(t.port, clients(), cookies, t.sockets, answer)
+	}}
+}
+
+// programs compares what the programs cost for each packet.
+func (b *bench) programs() (err error) {
+	var g garage
+	defer g.empty(&err)
+	empty, err := g.put(b.group(plain{&b.room, loadEmptyReuseport}, options{hooks: true}, 4))
+	if err != nil {
+		return err
+	}
+	any512 := b.newClients(hotFlows)
+	hot := func(from []client) func() []client {
+		return func() []client { return b.some(from, roundSize) }
+	}
+	base := b.talk("empty", empty, hot(any512), nil, true)
+	// First packets fill the tables, and so come when all else is measured.
+	probes, firsts := []probe{base}, []probe{base}
+
+	type line struct {
+		what       string
+		rx, first  bool
+		target     float64 // at most this share of udpgrm's
+		grm, other int     // probes
+	}
+	var lines []line
+	for _, s := range []struct {
+		name string
+		subject
+	}{{"grm", grm{&b.room}}, {"udpgrm", b.other()}} {
+		if s.subject == nil {
+			continue
+		}
+		// at names what the last probe says of one direction; add appends one.
+		at := func(what string, rx bool, target float64) {
+			if s.name == "grm" {
+				lines = append(lines, line{what, rx, false, target, len(probes) - 1, 0})
+				return
+			}
+			lines[slices.IndexFunc(lines, func(l line) bool { return l.what == what })].other = len(probes) - 1
+		}
+		add := func(p probe) { probes = append(probes, p) }
+		for _, k := range []kind{noop, flow, cbpf2, cbpf20} {
+			t, err := g.put(b.group(s.subject, options{k, flows, true}, 4))
+			if err != nil {
+				return fmt.Errorf("%s, %s: %w", s.name, k, err)
+			}
+			name := s.name + " " + k.String()
+			switch k {
+			case noop:
+				add(b.talk(name, t, hot(any512), nil, true))
+				at("noop", true, 0.35)
+				at("noop: its sendmsg hook", false, 0)
+			case flow:
+				known := b.newClients(hotFlows)
+				if err := b.establish(t.port, known, t.sockets); err != nil {
+					return fmt.Errorf("%s: %w", name, err)
+				}
+				add(b.talk(name+", known", t, hot(known), nil, true))
+				at("flow, known", true, 0.40)
+				at("flow, known: its sendmsg hook", false, 0.35)
+				firsts = append(firsts, b.talk(name+", new", t, func() []client { return b.newClients(roundSize) }, nil, true))
+			default:
+				cookies, err := t.cookies()
+				if err != nil {
+					return fmt.Errorf("%s: %w", name, err)
+				}
+				target := map[kind]float64{cbpf2: 0.30, cbpf20: 0.20}[k]
+				add(b.talk(name+", hit", t, hot(any512), cookies, false))
+				at(k.String()+" instructions, known", true, target)
+				add(b.talk(name+", miss", t, hot(any512), nil, false))
+				at(k.String()+" instructions, unknown", true, target)
+			}
+		}
+	}
+	samples, err := measure(b.rounds(), probes)
+	if err != nil {
+		return err
+	}
+	first, err := measure(b.rounds(), firsts)
+	if err != nil {
+		return err
+	}
+	other := 0
+	if b.udpgrm != nil {
+		other = 2
+	}
+	lines = append(lines, line{"flow, first packet", true, true, 1, 1, other},
+		line{"flow, first answer: its sendmsg hook", false, true, 1, 1, other})
+	idle := gross(samples[0])
+	b.title("Programs: ns per run beyond an empty program of the same type (steering %.0f ns, sendmsg %.0f ns); median of %d rounds of %d packets",
+		idle.rx, idle.tx, b.rounds(), roundSize)
+	b.row("", "grm", "udpgrm", "grm/udpgrm", "target")
+	for _, l := range lines {
+		from := samples
+		if l.first {
+			from = first
+		}
+		pick := func(i int) float64 {
+			n := net(from[i], from[0])
+			if l.rx {
+				return n.rx
+			}
+			if gross(from[i]).tx == 0 {
+				return 0 // there is none
+			}
+			return n.tx
+		}
+		other, ratio, target := "-", "-", "-"
+		if l.other != 0 {
+			other = fmt.Sprintf("%.0f", pick(l.other))
+			ratio = fmt.Sprintf("%.2f", pick(l.grm)/pick(l.other))
+		}
+		if l.target != 0 {
+			target = fmt.Sprintf("≤ %.2f", l.target)
+		}
+		b.row(l.what, pick(l.grm), other, ratio, target)
+	}
+	return nil
+}
+
+func (b *bench) other() subject {
+	if b.udpgrm == nil {
+		return nil
+	}
+	return b.udpgrm
+}
+
+// endToEnd compares what is left of the difference in a whole exchange.
+func (b *bench) endToEnd() (err error) {
+	var g garage
+	defer g.empty(&err)
+	type entrant struct {
+		name      string
+		t         *target
+		rate, cpu []float64
+	}
+	var all []*entrant
+	enter := func(name string, s subject, o options) error {
+		t, err := g.put(b.group(s, o, 2))
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		all = append(all, &entrant{name: name, t: t})
+		return nil
+	}
+	if err := enter("kernel's own choice", plain{room: &b.room}, options{}); err != nil {
+		return err
+	}
+	if err := enter("empty programs", plain{&b.room, loadEmptyReuseport}, options{hooks: true}); err != nil {
+		return err
+	}
+	for _, k := range []kind{noop, flow, cbpf2, cbpf20} {
+		if err := enter("grm "+k.String(), grm{&b.room}, options{k, flows, true}); err != nil {
+			return err
+		}
+		if b.udpgrm != nil {
+			if err := enter("udpgrm "+k.String(), b.udpgrm, options{k, flows, true}); err != nil {
+				return err
+			}
+		}
+	}
+	rounds, n := 15, 1<<14
+	if b.short {
+		rounds, n = 2, 1<<10
+	}
+	for range rounds {
+		for _, e := range all {
+			rate, cpu, err := echo(e.t, n)
+			if err != nil {
+				return fmt.Errorf("%s: %w", e.name, err)
+			}
+			e.rate, e.cpu = append(e.rate, rate), append(e.cpu, float64(cpu.Nanoseconds()))
+		}
+	}
+	b.title("End to end: %d clients and an echo server of two threads; median of %d rounds of %d datagrams", echoClients, rounds, n)
+	b.row("", "echoes/s", "of the kernel's", "server's CPU ns", "of the kernel's")
+	ratio := func(of, base []float64) string {
+		each := make([]float64, len(of))
+		for i := range of {
+			each[i] = of[i] / base[i]
+		}
+		return fmt.Sprintf("%.2f", median(each))
+	}
+	for _, e := range all {
+		b.row(e.name, median(e.rate), ratio(e.rate, all[0].rate), median(e.cpu), ratio(e.cpu, all[0].cpu))
+	}
+	return nil
+}
+
+// memory is what the kernel accounts to the maps and programs of a group with
+// its service.
+func (b *bench) memory() (err error) {
+	var g garage
+	defer g.empty(&err)
+	b.title("Kernel memory of one group and its service, KiB")
+	b.row("", "KiB")
+	for _, o := range []options{{noop, 0, true}, {cbpf2, 0, true}, {flow, 4096, true}, {flow, flows, true}, {flow, 1 << 20, true}} {
+		t, err := g.put(grm{&b.room}.target(o))
+		if err != nil {
+			return err
+		}
+		name := "grm " + o.kind.String()
+		if o.kind == flow {
+			name += fmt.Sprintf(", %d flows", o.flows)
+		}
+		b.row(name, float64(t.memory)/1024)
+	}
+	if b.udpgrm != nil {
+		b.row("udpgrm, the whole host", float64(b.udpgrm.memory)/1024)
+	}
+	return nil
+}
+
+// curve is a plot in the making.
+type curve struct {
+	file, title, x string
+	base           probe // what every point is net of
+	points         []curvePoint
+}
+
+type curvePoint struct {
+	series string
+	x      int
+	probe
+}
+
+// run measures all points in turn, prints the curves and draws them. For each
+// series it says how much dearer the dearest point is than the cheapest.
+func (b *bench) run(c curve) error {
+	probes := []probe{c.base}
+	var names []string
+	var xs []int
+	for _, p := range c.points {
+		probes = append(probes, p.probe)
+		if !slices.Contains(names, p.series) {
+			names = append(names, p.series)
+		}
+		if !slices.Contains(xs, p.x) {
+			xs = append(xs, p.x)
+		}
+	}
+	samples, err := measure(b.rounds(), probes)
+	if err != nil {
+		return err
+	}
+	type key struct {
+		series string
+		x      int
+		tx     bool
+	}
+	values := map[key]float64{}
+	for i, p := range c.points {
+		n := net(samples[i+1], samples[0])
+		values[key{p.series, p.x, false}] = n.rx
+		if gross(samples[i+1]).tx != 0 {
+			values[key{p.series, p.x, true}] = n.tx
+		}
+	}
+	base := gross(samples[0])
+	b.title("%s: ns beyond an empty program (%.0f ns, sendmsg %.0f ns); median of %d rounds of %d packets", c.title, base.rx, base.tx, b.rounds(), roundSize)
+	head := []any{""}
+	for _, x := range xs {
+		head = append(head, compact(float64(x)))
+	}
+	b.row(append(head, "max/min")...)
+	p := plot{title: c.title, x: c.x, y: "ns per packet beyond an empty program"}
+	for _, name := range names {
+		for _, tx := range []bool{false, true} {
+			label, cells := name, []any{}
+			if tx {
+				label += ", sendmsg"
+			}
+			s := series{name: label}
+			for _, x := range xs {
+				v, found := values[key{name, x, tx}]
+				if !found {
+					cells = append(cells, "-")
+					continue
+				}
+				cells = append(cells, v)
+				s.points = append(s.points, point{float64(x), max(v, 0)})
+			}
+			if len(s.points) == 0 {
+				continue
+			}
+			ys := make([]float64, len(s.points))
+			for i, at := range s.points {
+				ys[i] = at.y
+			}
+			b.row(append(append([]any{label}, cells...), fmt.Sprintf("%.2f", slices.Max(ys)/slices.Min(ys)))...)
+			p.series = append(p.series, s)
+		}
+	}
+	return b.draw(c.file, p)
+}
+
+// emptyProbe is what curves are net of.
+func (b *bench) emptyProbe(g *garage) (probe, error) {
+	t, err := g.put(b.group(plain{&b.room, loadEmptyReuseport}, options{hooks: true}, 4))
+	if err != nil {
+		return probe{}, err
+	}
+	clients := b.newClients(hotFlows)
+	return b.talk("empty", t, func() []client { return b.some(clients, roundSize) }, nil, true), nil
+}
+
+// systems are grm and, if it is there, udpgrm.
+func (b *bench) systems() map[string]subject {
+	all := map[string]subject{"grm": grm{&b.room}}
+	if b.udpgrm != nil {
+		all["udpgrm"] = b.udpgrm
+	}
+	return all
+}
+
+// to are the powers of two from 1 to n, or just both ends.
+func (b *bench) to(n int) []int {
+	if b.short {
+		return []int{1, min(n, 8)}
+	}
+	var all []int
+	for x := 1; x < n; x *= 2 {
+		all = append(all, x)
+	}
+	return append(all, n)
+}
+
+func (b *bench) socketCurve() (err error) {
+	var g garage
+	defer g.empty(&err)
+	c := curve{file: "sockets.svg", title: "Sockets of a generation", x: "sockets"}
+	if c.base, err = b.emptyProbe(&g); err != nil {
+		return err
+	}
+	for _, name := range []string{"grm", "udpgrm"} {
+		s := b.systems()[name]
+		if s == nil {
+			continue
+		}
+		for _, k := range []kind{noop, flow} {
+			for _, n := range b.to(256) {
+				label := name + " " + k.String()
+				t, err := g.put(b.group(s, options{k, flows, k == flow}, n))
+				if err != nil {
+					return fmt.Errorf("%s with %d sockets: %w", label, n, err)
+				}
+				clients := b.newClients(hotFlows)
+				if k == flow {
+					if err := b.establish(t.port, clients, t.sockets); err != nil {
+						return fmt.Errorf("%s with %d sockets: %w", label, n, err)
+					}
+				}
+				p := b.talk(label, t, func() []client { return b.some(clients, roundSize) }, nil, false)
+				c.points = append(c.points, curvePoint{label, n, p})
+			}
+		}
+	}
+	return b.run(c)
+}
+
+func (b *bench) generationCurve() (err error) {
+	var g garage
+	defer g.empty(&err)
+	c := curve{file: "generations.svg", title: "Generations alive, each with its share of 512 flows", x: "generations"}
+	if c.base, err = b.emptyProbe(&g); err != nil {
+		return err
+	}
+	for _, name := range []string{"grm", "udpgrm"} {
+		s := b.systems()[name]
+		if s == nil {
+			continue
+		}
+		for _, n := range b.to(32) {
+			t, err := g.put(s.target(options{flow, flows, true}))
+			if err != nil {
+				return err
+			}
+			clients := b.newClients(hotFlows)
+			for i := range n {
+				if err := t.advance(4); err != nil {
+					return fmt.Errorf("%s: generation %d of %d: %w", name, i+1, n, err)
+				}
+				share := clients[i*len(clients)/n : (i+1)*len(clients)/n]
+				if err := b.establish(t.port, share, t.sockets); err != nil {
+					return fmt.Errorf("%s: generation %d of %d: %w", name, i+1, n, err)
+				}
+			}
+			known := func() []client { return b.some(clients, roundSize) }
+			fresh := func() []client { return b.newClients(roundSize) }
+			c.points = append(c.points,
+				curvePoint{name + " known", n, b.talk(name, t, known, nil, false)},
+				curvePoint{name + " new", n, b.talk(name, t, fresh, nil, false)})
+		}
+	}
+	return b.run(c)
+}
+
+func (b *bench) flowCurve() (err error) {
+	var g garage
+	defer g.empty(&err)
+	c := curve{file: "flows.svg", title: "Flows in the table", x: "flows"}
+	if c.base, err = b.emptyProbe(&g); err != nil {
+		return err
+	}
+	sizes := []int{1_000, 10_000, 100_000, 1_000_000, 4_000_000}
+	if b.short {
+		sizes = sizes[:2]
+	}
+	for _, n := range sizes {
+		clients := b.newClients(n)
+		known := func() []client { return b.some(clients, roundSize) }
+
+		// grm's table, with the clients as flows known for certain.
+		t, err := g.put(b.group(grm{&b.room}, options{flow, max(flows, n), true}, 4))
+		if err != nil {
+			return err
+		}
+		if err := b.establish(t.port, clients, t.sockets); err != nil {
+			return fmt.Errorf("%d flows: %w", n, err)
+		}
+		c.points = append(c.points,
+			curvePoint{"grm known", n, b.talk("grm", t, known, nil, true)},
+			curvePoint{"grm new", n, b.talk("grm", t, func() []client { return b.newClients(roundSize) }, nil, false)})
+
+		// A plain map of the kernel with the same clients, for comparison.
+		load := func() (int, error) {
+			return loadLookUp(func(yield func(uint64) bool) {
+				for _, c := range clients {
+					if !yield(c.key()) {
+						return
+					}
+				}
+			}, n)
+		}
+		t, err = g.put(b.group(plain{&b.room, load}, options{}, 4))
+		if err != nil {
+			return err
+		}
+		c.points = append(c.points, curvePoint{"LRU look-up alone", n, b.talk("LRU", t, known, nil, false)})
+
+		if b.udpgrm != nil && n <= 4_096 { // its table holds 8,192 flows of the whole host
+			t, err := g.put(b.group(b.udpgrm, options{flow, flows, true}, 4))
+			if err != nil {
+				return err
+			}
+			if err := b.establish(t.port, clients, t.sockets); err != nil {
+				return fmt.Errorf("udpgrm, %d flows: %w", n, err)
+			}
+			c.points = append(c.points, curvePoint{"udpgrm known", n, b.talk("udpgrm", t, known, nil, true)})
+		}
+	}
+	return b.run(c)
+}
+
+// groupCurve goes to 100 groups and no further: freeing about 1,000 programs
+// at once locks up some kernels (bpf_prog_pack_free).
+func (b *bench) groupCurve() (err error) {
+	var g garage
+	defer g.empty(&err)
+	c := curve{file: "groups.svg", title: "Groups, with traffic to all of them", x: "groups"}
+	if c.base, err = b.emptyProbe(&g); err != nil {
+		return err
+	}
+	for _, name := range []string{"grm", "udpgrm"} {
+		s := b.systems()[name]
+		if s == nil {
+			continue
+		}
+		var groups []*target
+		clients := b.newClients(batch)
+		for _, n := range b.to(100) {
+			for len(groups) < n {
+				t, err := g.put(b.group(s, options{flow, 1024, false}, 1))
+				if err != nil {
+					return fmt.Errorf("%s: group %d: %w", name, len(groups)+1, err)
+				}
+				groups = append(groups, t)
+			}
+			used := slices.Clone(groups)
+			p := probe{name: name, run: func() error {
+				for i := range roundSize {
+					t := used[i%len(used)]
+					if err := b.exchange(t.port, b.some(clients, 1), nil, t.sockets, false); err != nil {
+						return err
+					}
+				}
+				return nil
+			}}
+			for _, t := range used {
+				for _, o := range t.rx {
+					if !slices.Contains(p.rx, o) {
+						p.rx = append(p.rx, o)
+					}
+				}
+			}
+			c.points = append(c.points, curvePoint{name, n, p})
+		}
+	}
+	return b.run(c)
+}
