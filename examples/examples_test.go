@@ -121,7 +121,7 @@ func start(t *testing.T, socket *net.UDPConn, args ...string) *exec.Cmd {
 func drive(t *testing.T, o load.Options) load.Result {
 	t.Helper()
 	// Little enough for the smallest socket queue and the busiest machine.
-	o.Flows, o.Pace, o.Length, o.Duration = 10, 20*time.Millisecond, 10, 500*time.Millisecond
+	o.Flows, o.Pace, o.Length, o.Duration = 10, 50*time.Millisecond, 10, 500*time.Millisecond
 	g, err := load.Start(context.Background(), o)
 	if err != nil {
 		t.Fatal(err)
