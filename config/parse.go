@@ -505,7 +505,7 @@ func (t *table) program(name string, dst *Program) {
 	if !ok || len(words) == 0 {
 		return
 	}
-	insns, err := parseInstructions(words)
+	insns, err := ParseProgram([]byte(strings.Join(words, "\n")))
 	if err != nil {
 		t.doc.report(t.key(name), err)
 		return

@@ -196,28 +196,48 @@ func (p *Process) Close() error { return unix.Close(p.fd) }
 // SocketInodes lists the inodes of the sockets that a process has open. A
 // process that has gone meanwhile has none.
 func SocketInodes(pid int) ([]uint64, error) {
-	name := fmt.Sprintf("/proc/%d/fd", pid)
-	dir, err := os.Open(name)
+	var inodes []uint64
+	err := eachSocket(pid, func(_ string, inode uint64) bool {
+		inodes = append(inodes, inode)
+		return true
+	})
+	return inodes, err
+}
+
+// SocketFD is the number under which a process has a socket open, -1 if it has not.
+func SocketFD(pid int, inode uint64) (int, error) {
+	fd := -1
+	err := eachSocket(pid, func(name string, found uint64) bool {
+		if n, err := strconv.Atoi(name); err == nil && found == inode {
+			fd = n
+		}
+		return fd < 0
+	})
+	return fd, err
+}
+
+// eachSocket goes through the sockets of a process until yield says false.
+func eachSocket(pid int, yield func(fd string, inode uint64) bool) error {
+	dir, err := os.Open(fmt.Sprintf("/proc/%d/fd", pid))
 	if err != nil {
-		return nil, ignoreGone(err)
+		return ignoreGone(err)
 	}
 	defer dir.Close()
 	fds, err := dir.Readdirnames(-1)
 	if err != nil {
-		return nil, ignoreGone(err)
+		return ignoreGone(err)
 	}
-	var inodes []uint64
 	var buf [64]byte
 	for _, fd := range fds {
 		n, err := unix.Readlinkat(int(dir.Fd()), fd, buf[:])
 		if err != nil {
 			continue // closed meanwhile
 		}
-		if inode, ok := socketInode(buf[:n]); ok {
-			inodes = append(inodes, inode)
+		if inode, ok := socketInode(buf[:n]); ok && !yield(fd, inode) {
+			return nil
 		}
 	}
-	return inodes, nil
+	return nil
 }
 
 func ignoreGone(err error) error {
@@ -257,21 +277,44 @@ func Comm(pid int) string {
 
 // Parent is the pid of a process's parent; 0 if it has none or is gone.
 func Parent(pid int) int {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
+	ppid, err := strconv.Atoi(stat(pid, 4))
+	if err != nil || ppid < 0 {
 		return 0
 	}
-	return parseParent(text)
+	return ppid
 }
 
-// parseParent reads the fourth field of /proc/PID/stat. The second one is a
-// name in parentheses that may contain anything, parentheses included.
-func parseParent(stat []byte) int {
-	_, rest, found := bytes.Cut(stat[bytes.LastIndexByte(stat, ')')+1:], []byte(" "))
-	if fields := bytes.Fields(rest); found && len(fields) >= 2 {
-		if ppid, err := strconv.Atoi(string(fields[1])); err == nil && ppid > 0 {
-			return ppid
-		}
+// Tick is how exact Started is.
+const Tick = 10 * time.Millisecond // 1/USER_HZ
+
+// Started is when a process was started, on CLOCK_BOOTTIME; 0 if it is gone.
+func Started(pid int) time.Duration {
+	ticks, err := strconv.ParseInt(stat(pid, 22), 10, 48)
+	if err != nil || ticks < 0 {
+		return 0
 	}
-	return 0
+	return time.Duration(ticks) * Tick
+}
+
+// stat reads a field of /proc/PID/stat, "" if the process is gone.
+func stat(pid, field int) string {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return ""
+	}
+	return statField(text, field)
+}
+
+// statField finds a field after the second one, counting from 1. The second
+// one is a name in parentheses that may contain anything, parentheses included.
+func statField(text []byte, field int) string {
+	end := bytes.LastIndexByte(text, ')')
+	if end < 0 {
+		return ""
+	}
+	fields := bytes.Fields(text[end+1:])
+	if i := field - 3; i < len(fields) {
+		return string(fields[i])
+	}
+	return ""
 }

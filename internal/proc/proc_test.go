@@ -128,19 +128,30 @@ func TestHolder(t *testing.T) {
 	}
 }
 
-func TestParseParent(t *testing.T) {
-	for stat, want := range map[string]int{
-		"7 (a) S 3 7 7 0":     3,
-		"7 (a) b) (c) R 12 7": 12,
-		"7 (a) S":             0,
-		"":                    0,
-		"7 (a) S x 7":         0,
-		"7 (a) S -4 7":        0,
-		"garbage":             0,
+func TestStatField(t *testing.T) {
+	for text, want := range map[string]string{
+		"7 (a) S 3 7 7 0":     "3",
+		"7 (a) b) (c) R 12 7": "12",
+		"7 (a) S":             "",
+		"":                    "",
+		"garbage":             "",
 	} {
-		if got := parseParent([]byte(stat)); got != want {
-			t.Errorf("%q: parent %d, want %d", stat, got, want)
+		if got := statField([]byte(text), 4); got != want {
+			t.Errorf("%q: field 4 is %q, want %q", text, got, want)
 		}
+	}
+}
+
+func TestStarted(t *testing.T) {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		t.Fatal(err)
+	}
+	if at, now := Started(os.Getpid()), time.Duration(ts.Nano()); at <= 0 || at > now+Tick {
+		t.Errorf("started at %v, now is %v", at, now)
+	}
+	if at := Started(1 << 30); at != 0 {
+		t.Errorf("a process that does not exist started at %v", at)
 	}
 }
 
@@ -162,6 +173,12 @@ func TestSocketInodes(t *testing.T) {
 	if err != nil || !slices.Contains(inodes, inode) {
 		t.Fatalf("%v, %v: no %d", inodes, err, inode)
 	}
+	if fd, err := SocketFD(os.Getpid(), inode); err != nil || fd < 0 {
+		t.Fatalf("number of the socket: %d, %v", fd, err)
+	}
+	if fd, err := SocketFD(os.Getpid(), 1); err != nil || fd != -1 {
+		t.Fatalf("number of a socket that is not there: %d, %v", fd, err)
+	}
 	if inodes, err := SocketInodes(1 << 30); err != nil || inodes != nil {
 		t.Fatalf("a process that does not exist: %v, %v", inodes, err)
 	}
@@ -177,7 +194,7 @@ func FuzzSocketLine(f *testing.F) {
 		if ok && (!s.local.IsValid() || s.state < 0 || s.state > 255 || s.uid < 0) {
 			t.Fatalf("%q: %+v", line, s)
 		}
-		parseParent(line)
+		statField(line, 4)
 		socketInode(line)
 	})
 }

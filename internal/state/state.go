@@ -35,12 +35,13 @@ type State struct {
 	User       string  `json:"user"`           // whose the sockets are
 	UID        uint32  `json:"uid"`
 	Generation uint64  `json:"generation"`         // the highest one that was given out
-	Restarts   int     `json:"restarts,omitempty"` // automatic starts since one went well
+	Restarts   uint32  `json:"restarts,omitempty"` // systemd's NRestarts when an instance last ran well
 	Plan       *Plan   `json:"plan,omitempty"`     // the last start
 	Failed     *Failed `json:"failed,omitempty"`   // the last start that came to nothing
 	// Pending is a start that has begun and was not finished. Whoever finds it while holding the lock undoes it.
 	Pending *Bank        `json:"pending,omitempty"`
 	Banks   map[int]Bank `json:"banks"`
+	Groups  []Group      `json:"groups,omitempty"` // that the service has had a bank in, and not unpinned since
 }
 
 // Plan is one start: what was decided, and for which run of the unit.
@@ -57,6 +58,7 @@ type Failed struct {
 	Generation uint64    `json:"generation"`
 	Reason     string    `json:"reason"`
 	At         time.Time `json:"at"`
+	Invocation string    `json:"invocation,omitempty"` // systemd's INVOCATION_ID
 }
 
 // Bank is a generation's place and its sockets.
@@ -73,8 +75,12 @@ type Listener struct {
 	Name    string   `json:"name"`
 	Address string   `json:"address"` // with its settings, as on grm-activate's command line
 	Inodes  []uint64 `json:"inodes"`  // of its sockets, by index
-	// NewGroup says, in a pending bank, that its group did not exist before.
-	NewGroup bool `json:"new_group,omitempty"`
+}
+
+// Group is a reuseport group, and the service's number in it.
+type Group struct {
+	Address string `json:"address"` // without settings
+	App     int    `json:"app,omitempty"`
 }
 
 // Inodes are the inodes of all the bank's sockets.
@@ -134,8 +140,6 @@ func (s *State) check(service string) error {
 		return fmt.Errorf("it is of service %q", s.Service)
 	case s.Generation > math.MaxInt64:
 		return fmt.Errorf("generation %d", s.Generation)
-	case s.Restarts < 0:
-		return fmt.Errorf("%d restarts", s.Restarts)
 	case s.Plan != nil && (s.Plan.Bank < 0 || s.Plan.Bank >= banks):
 		return fmt.Errorf("plan for bank %d", s.Plan.Bank)
 	}

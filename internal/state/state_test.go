@@ -175,7 +175,7 @@ func TestGarbage(t *testing.T) {
 		`{"version":1,"service":"echo","generation":1,"banks":{"4":{"bank":4,"generation":2}}}`:   "generation 2",
 		`{"version":1,"service":"echo","generation":1,"banks":{"4":{"bank":4,"generation":0}}}`:   "generation 0",
 		`{"version":1,"service":"echo","plan":{"bank":-1}}`:                                       "plan for bank -1",
-		`{"version":1,"service":"echo","restarts":-1}`:                                            "-1 restarts",
+		`{"version":1,"service":"echo","restarts":-1}`:                                            "cannot unmarshal",
 		`{"version":1,"service":"echo","pending":{"bank":99,"generation":1}}`:                     "bank 99",
 	} {
 		d := testDir(t)

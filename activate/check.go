@@ -1,0 +1,142 @@
+package activate
+
+import (
+	"bytes"
+	"fmt"
+	"os/user"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"grm/config"
+	"grm/internal/systemd"
+)
+
+// minKernel is the oldest kernel whose BPF has what the programs use.
+const minMajor, minMinor = 6, 1
+
+// Capabilities are those that a start needs: to load programs, to give sockets to the service's user and a large
+// buffer, to bind low ports, and to see and end the service's processes.
+var Capabilities = map[string]int{
+	"CAP_BPF": unix.CAP_BPF, "CAP_NET_ADMIN": unix.CAP_NET_ADMIN, "CAP_SYS_ADMIN": unix.CAP_SYS_ADMIN,
+	"CAP_CHOWN": unix.CAP_CHOWN, "CAP_KILL": unix.CAP_KILL, "CAP_SYS_PTRACE": unix.CAP_SYS_PTRACE,
+	"CAP_NET_BIND_SERVICE": unix.CAP_NET_BIND_SERVICE,
+}
+
+// checkMachine says whether this kernel and this process can do what is to come.
+func checkMachine() error {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return err
+	}
+	if err := checkKernel(string(bytes.TrimRight(u.Release[:], "\x00"))); err != nil {
+		return unfit(err)
+	}
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return fmt.Errorf("read own capabilities: %w", err)
+	}
+	return unfit(checkCapabilities(uint64(data[1].Effective)<<32 | uint64(data[0].Effective)))
+}
+
+func checkKernel(release string) error {
+	majorText, rest, _ := strings.Cut(release, ".")
+	end := strings.IndexFunc(rest, func(r rune) bool { return r < '0' || r > '9' })
+	if end < 0 {
+		end = len(rest)
+	}
+	major, err1 := strconv.Atoi(majorText)
+	minor, err2 := strconv.Atoi(rest[:end])
+	if err1 != nil || err2 != nil {
+		return nil // an unknown kind of number: the kernel itself will say what it lacks
+	}
+	if major < minMajor || major == minMajor && minor < minMinor {
+		return fmt.Errorf("kernel %s is too old: grm needs Linux %d.%d (boot a newer kernel; grm doctor says what is missing)", release, minMajor, minMinor)
+	}
+	return nil
+}
+
+func checkCapabilities(effective uint64) error {
+	var missing []string
+	for _, name := range sortedKeys(Capabilities) {
+		if effective&(1<<Capabilities[name]) == 0 {
+			missing = append(missing, name)
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("missing %s (run it as root; in a unit write ExecStartPre=+/usr/lib/grm/grm-activate with the plus sign)", strings.Join(missing, ", "))
+	}
+	return nil
+}
+
+// checkUnit says whether the unit has what the fd store needs. Whoever wrote
+// the unit by hand learns everything that is missing at once.
+func (r *run) checkUnit() error {
+	if len(r.Command) > 0 {
+		return nil
+	}
+	if r.store == nil {
+		return unfit(fmt.Errorf("no NOTIFY_SOCKET: there is no fd store to put the sockets into (start it from a unit with Type=notify and NotifyAccess=all, or add -- COMMAND)"))
+	}
+	if !r.known {
+		return nil
+	}
+	var wrong []string
+	if r.unit.PrivateNetwork {
+		wrong = append(wrong, "PrivateNetwork=yes would bind the sockets in a network of their own (remove it)")
+	}
+	if a := r.unit.NotifyAccess; a != "all" && a != "exec" {
+		wrong = append(wrong, fmt.Sprintf("NotifyAccess=%s makes systemd ignore the sockets that ExecStartPre= stores (write NotifyAccess=all)", a))
+	}
+	if need := r.storeNeed(); r.unit.StoreMax == 0 {
+		wrong = append(wrong, fmt.Sprintf("FileDescriptorStoreMax= is not set (write FileDescriptorStoreMax=%d)", need))
+	}
+	if len(wrong) > 0 {
+		return unfit(fmt.Errorf("unit %s: %s", r.Unit, strings.Join(wrong, "; ")))
+	}
+	return nil
+}
+
+// storeNeed is a FileDescriptorStoreMax= that does for an old and a new generation.
+func (r *run) storeNeed() int {
+	n := 16
+	for _, l := range r.Listeners {
+		n += 2 * max(config.MaxSockets, int(l.Sockets))
+	}
+	return n
+}
+
+// checkRoom says whether the fd store has room for n more descriptors.
+func (r *run) checkRoom(n int) error {
+	if r.store == nil || !r.known || uint64(r.unit.Stored)+uint64(n) <= uint64(r.unit.StoreMax) {
+		return nil
+	}
+	return unfit(fmt.Errorf("unit %s: FileDescriptorStoreMax=%d is too small: %d descriptors are stored, %d more are to come (write FileDescriptorStoreMax=%d)",
+		r.Unit, r.unit.StoreMax, r.unit.Stored, n, max(r.storeNeed(), int(r.unit.Stored)+n)))
+}
+
+// owner is the uid that the sockets are to have, and the user's name.
+func (r *run) owner() (uint32, string, error) {
+	name := r.User
+	if name == "" && r.known {
+		name = r.unit.User
+	}
+	if name == "" {
+		return uint32(unix.Geteuid()), "root", nil
+	}
+	if uid, err := strconv.ParseUint(name, 10, 32); err == nil {
+		return uint32(uid), name, nil
+	}
+	u, err := user.Lookup(name)
+	if err == nil {
+		uid, err := strconv.ParseUint(u.Uid, 10, 32)
+		return uint32(uid), name, err
+	}
+	// A DynamicUser= is in no file; systemd knows it since it forked us.
+	if r.known && name == r.unit.User && r.unit.UID != systemd.NoUID {
+		return r.unit.UID, name, nil
+	}
+	return 0, "", unfit(fmt.Errorf("user %q: %w (create it, or change User=)", name, err))
+}

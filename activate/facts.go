@@ -1,0 +1,176 @@
+package activate
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+
+	"grm/control"
+	"grm/internal/proc"
+	"grm/internal/state"
+)
+
+func sortedKeys[M ~map[K]V, K interface{ ~int | ~string }, V any](m M) []K {
+	return slices.Sorted(maps.Keys(m))
+}
+
+// facts are what a decision is made from.
+type facts struct {
+	automatic bool         // systemd restarts the unit on its own account
+	order     []int        // of the banks that root knows, newest first: the head takes new flows
+	banks     map[int]fact // of the banks that root knows
+	again     bool         // the last start was one on the sockets of a crashed server, and failed
+}
+
+// fact is what is true of one generation now.
+type fact struct {
+	generation uint64
+	held       bool // a process of the service, other than its keeper, has sockets of it open
+	keeper     bool // its keeper lives
+	full       bool // all its slots are full: what crashed can come back
+	watched    bool // its watch is not over
+	alive      bool // its flows are its own
+}
+
+// serves says whether a decoy can stand in for the generation.
+func (f fact) serves() bool { return f.held && f.keeper && f.alive }
+
+// processes are those of the service, and what sockets they have.
+type processes struct {
+	pids    map[int]bool
+	holders map[uint64][]int // by socket inode
+}
+
+// look lists the processes of the service: those in its cgroup, but for this
+// one and those that it is a child of. Without a unit the sockets may be
+// anybody's who is visible.
+func (r *run) look() (processes, error) {
+	list := r.cgroup.Pids
+	if r.cgroup.Unit() == "" {
+		list = proc.All
+	}
+	pids, err := list()
+	if err != nil {
+		return processes{}, fmt.Errorf("processes of %s: %w", r.cgroup, err)
+	}
+	p := processes{pids: map[int]bool{}, holders: map[uint64][]int{}}
+	for _, pid := range pids {
+		p.pids[pid] = true
+	}
+	for pid := os.Getpid(); p.pids[pid]; pid = proc.Parent(pid) {
+		delete(p.pids, pid)
+	}
+	for pid := range p.pids {
+		inodes, err := proc.SocketInodes(pid)
+		if err != nil {
+			return processes{}, fmt.Errorf("sockets of process %d: %w", pid, err)
+		}
+		for _, inode := range inodes {
+			p.holders[inode] = append(p.holders[inode], pid)
+		}
+	}
+	return p, nil
+}
+
+// servers are the processes that have a bank's sockets open, but for its keeper.
+func (p processes) servers(b state.Bank, keeper int) []int {
+	var pids []int
+	for _, inode := range b.Inodes() {
+		for _, pid := range p.holders[inode] {
+			if pid != keeper && !slices.Contains(pids, pid) {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids
+}
+
+// gather collects the facts.
+func (r *run) gather(p processes) (facts, error) {
+	f := facts{automatic: r.known && r.unit.Restarts > 0, banks: map[int]fact{}}
+	if r.service == nil {
+		return f, nil
+	}
+	ctl := r.service.Control()
+	for n, b := range r.st.Banks {
+		word := ctl.Bank(n)
+		full, err := r.full(b)
+		if err != nil {
+			return facts{}, err
+		}
+		f.banks[n] = fact{
+			generation: b.Generation,
+			held:       len(p.servers(b, word.Keeper)) > 0,
+			keeper:     p.pids[word.Keeper],
+			full:       full,
+			watched:    word.WatchUntil > control.Now(),
+			alive:      ctl.Alive(n),
+		}
+	}
+	for _, n := range ctl.Order().Banks() {
+		// A bank that root did not fill, or one that is named twice, is a lie.
+		if _, known := f.banks[n]; known && !slices.Contains(f.order, n) {
+			f.order = append(f.order, n)
+		}
+	}
+	if plan, failed := r.st.Plan, r.st.Failed; plan != nil && failed != nil {
+		f.again = plan.Verb == control.Again.String() && failed.Generation == plan.Generation
+	}
+	return f, nil
+}
+
+// full says whether every slot of a bank has its socket.
+func (r *run) full(b state.Bank) (bool, error) {
+	ls, err := listeners(b)
+	if err != nil {
+		return false, err
+	}
+	for _, l := range ls {
+		g, err := r.group(l)
+		if errors.Is(err, os.ErrNotExist) {
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		cookies, err := g.Slots(l.App, b.Bank)
+		if err != nil {
+			return false, err
+		}
+		if len(cookies) != int(l.Sockets) || slices.Contains(cookies, 0) {
+			return false, nil
+		}
+	}
+	return len(ls) > 0, nil
+}
+
+// decide says what this start is.
+//
+//   - The working generation's server is dead, and its sockets are all there: the same ones again, with what waits in
+//     them. Not if it died in its watch while an older one serves: that one takes over; and not if the same sockets
+//     were tried already and an older one serves.
+//   - systemd restarts the unit on its own account, and some generation is served: that one goes on. So a version that
+//     failed is not tried again, and a decoy that was killed costs nothing.
+//   - Else a new generation. An operator's start or restart always comes to that, or to the first case.
+func decide(f facts) control.Plan {
+	for i, n := range f.order {
+		b := f.banks[n]
+		if b.held {
+			if f.automatic && b.serves() {
+				return control.Plan{Verb: control.StandIn, Bank: n}
+			}
+			break
+		}
+		older := slices.ContainsFunc(f.order[i+1:], func(m int) bool { return f.banks[m].serves() })
+		failed := b.watched || f.again
+		if b.full && !(failed && older) {
+			return control.Plan{Verb: control.Again, Bank: n}
+		}
+		if !failed {
+			break
+		}
+	}
+	return control.Plan{Verb: control.Start, Bank: -1}
+}

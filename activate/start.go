@@ -1,0 +1,701 @@
+package activate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"runtime"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"grm/bpfprog"
+	"grm/config"
+	"grm/control"
+	"grm/internal/proc"
+	"grm/internal/state"
+)
+
+// Start is ExecStartPre=, or with a command the whole of a start without an fd
+// store: then it does not return but for an error.
+func Start(ctx context.Context, req Request, env Env) error {
+	if err := checkMachine(); err != nil {
+		return err
+	}
+	if len(req.Command) > 0 {
+		if err := reserve(req.sockets()); err != nil {
+			return err
+		}
+	}
+	r, err := begin(ctx, req, env)
+	if err != nil {
+		return err
+	}
+	err = r.start(ctx)
+	if err != nil {
+		r.noteFailure(err)
+	}
+	return errors.Join(err, r.close())
+}
+
+// sockets is how many one instance has.
+func (req Request) sockets() int {
+	n := 0
+	for _, l := range req.Listeners {
+		n += l.Sockets.Of(runtime.NumCPU())
+	}
+	return n
+}
+
+func (r *run) start(ctx context.Context) error {
+	for i := range r.Listeners {
+		l := &r.Listeners[i]
+		l.Sockets = config.Count(l.Sockets.Of(runtime.NumCPU()))
+	}
+	if err := r.ask(); err != nil {
+		return err
+	}
+	if err := r.checkUnit(); err != nil {
+		return err
+	}
+	if err := r.load(); err != nil {
+		return err
+	}
+	if err := r.backOff(ctx); err != nil {
+		return err
+	}
+	if r.st.Pending != nil {
+		if err := r.repair(); err != nil {
+			return fmt.Errorf("undo a start that was killed: %w", err)
+		}
+	}
+	if err := r.adopt(); err != nil {
+		return err
+	}
+	uid, name, err := r.owner()
+	if err != nil {
+		return err
+	}
+	p, err := r.look()
+	if err != nil {
+		return err
+	}
+	f, err := r.gather(p)
+	if err != nil {
+		return err
+	}
+	plan := decide(f)
+	if err := r.reclaim(f, plan); err != nil {
+		return err
+	}
+	s := start{run: r, facts: f, processes: p, plan: plan, uid: uid, user: name, before: *r.st}
+	if plan.Verb == control.Start {
+		err = s.fresh(ctx)
+	} else {
+		err = s.same(ctx)
+	}
+	if err != nil {
+		return errors.Join(err, r.undo())
+	}
+	r.after(&s)
+	if len(r.Command) > 0 {
+		return s.exec()
+	}
+	return nil
+}
+
+// backOff waits before an automatic start, the longer the more of them came to
+// nothing in a row. It does so in here, where a stop runs StopPost: in
+// systemd's own wait between two starts a stop runs none of our commands.
+func (r *run) backOff(ctx context.Context) error {
+	delay := backOff(r.unit.Restarts, r.st.Restarts)
+	if delay == 0 {
+		return nil
+	}
+	r.log(notice, "start %d in a row: waiting %v", r.unit.Restarts-r.st.Restarts, delay)
+	if err := r.store.Send(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d\nSTATUS=waiting %v before the next start", (delay + 30*time.Second).Microseconds(), delay)); err != nil {
+		return err
+	}
+	select {
+	case <-ctx.Done():
+		return fmt.Errorf("interrupted: %w", ctx.Err())
+	case <-time.After(delay):
+		return nil
+	}
+}
+
+// backOff is the wait before the n-th automatic restart, when all was well up
+// to restart number good: none before the first, then 0.1 s to 5 s.
+func backOff(n, good uint32) time.Duration {
+	if good > n { // somebody has started the unit since: systemd counts from 0 again
+		good = 0
+	}
+	failures := int64(n) - int64(good) - 1
+	if failures < 1 {
+		return 0
+	}
+	return min(5*time.Second, 100*time.Millisecond<<min(failures-1, 10))
+}
+
+// start is one start on its way.
+type start struct {
+	*run
+	facts
+	processes
+	plan    control.Plan
+	uid     uint32
+	user    string
+	before  state.State // to go back to
+	bank    state.Bank  // the new generation's
+	sockets []int       // the new generation's, in order of listeners and indices; owned
+}
+
+// fresh prepares a new generation.
+func (s *start) fresh(ctx context.Context) error {
+	if err := s.checkConflicts(); err != nil {
+		return err
+	}
+	if err := s.chooseBank(); err != nil {
+		return err
+	}
+	defer s.closeSockets()
+	groups := make([]*bpfprog.Group, len(s.Listeners))
+
+	if err := s.step(ctx, "note what is to come", s.notePending, func() error { return s.restoreState() }); err != nil {
+		return err
+	}
+	if err := s.step(ctx, "control map", s.openService, nil); err != nil {
+		return err
+	}
+	for i, l := range s.Listeners {
+		if err := s.step(ctx, "group "+l.Address.String(), func() (err error) {
+			groups[i], err = s.openGroup(l)
+			return err
+		}, nil); err != nil {
+			return err
+		}
+	}
+	for i, l := range s.Listeners {
+		if err := s.step(ctx, "sockets of "+l.Name, func() error { return s.bind(i) }, func() error { s.closeSockets(); return nil }); err != nil {
+			return err
+		}
+	}
+	next := 0
+	for i, l := range s.Listeners {
+		// The sockets of this listener come after those of the ones before.
+		own := s.sockets[next:][:int(l.Sockets)]
+		next += len(own)
+		if err := s.step(ctx, "bank of "+l.Name, func() error { return s.fill(groups[i], l, own) }, func() error { return groups[i].Clear(l.App, s.bank.Bank) }); err != nil {
+			return err
+		}
+		if err := s.step(ctx, "program of "+l.Name, func() error { return groups[i].Attach(own[0]) }, nil); err != nil {
+			return err
+		}
+	}
+	if err := s.common(ctx); err != nil {
+		return err
+	}
+	if s.store != nil && len(s.Command) == 0 {
+		if err := s.step(ctx, "fd store", s.storeSockets, s.forgetSockets); err != nil {
+			return err
+		}
+	}
+	if err := s.step(ctx, "record", s.record, nil); err != nil {
+		return err
+	}
+	if err := s.step(ctx, "publish", func() error { return nil }, nil); err != nil {
+		return err
+	}
+	ctl := s.service.Control()
+	ctl.Withdraw(s.bank.Bank)
+	ctl.Assign(s.bank.Bank, s.bank.Generation, control.Prepared)
+	s.publish()
+	return nil
+}
+
+// same prepares a decoy for what is there: the sockets of a server that
+// crashed, or an instance that lives.
+func (s *start) same(ctx context.Context) error {
+	s.bank = s.st.Banks[s.plan.Bank]
+	ls, err := listeners(s.bank)
+	if err != nil {
+		return err
+	}
+	// The old layout serves once more, whatever was asked for.
+	s.Listeners = ls
+	for _, l := range ls {
+		if err := s.step(ctx, "group "+l.Address.String(), func() error {
+			g, err := s.openGroup(l)
+			if err != nil {
+				return err
+			}
+			return s.attachAgain(g, l)
+		}, nil); err != nil {
+			return err
+		}
+	}
+	if err := s.common(ctx); err != nil {
+		return err
+	}
+	if err := s.step(ctx, "record", s.record, func() error { return s.restoreState() }); err != nil {
+		return err
+	}
+	if err := s.step(ctx, "publish", func() error { return nil }, nil); err != nil {
+		return err
+	}
+	s.publish()
+	return nil
+}
+
+// common are the steps of every start: the hooks of the cgroup that this run
+// of the unit is in, and the maps for the decoy.
+func (s *start) common(ctx context.Context) error {
+	if err := s.step(ctx, "hooks", s.attachHooks, s.pruneHooks); err != nil {
+		return err
+	}
+	if s.store != nil && len(s.Command) == 0 {
+		return s.step(ctx, "maps to the fd store", s.storeMaps, nil)
+	}
+	return nil
+}
+
+// publish tells the decoy what to do. It consists of stores to memory.
+func (s *start) publish() {
+	ctl := s.service.Control()
+	ctl.SetClosing(false)
+	ctl.SetRequest(control.NoRequest)
+	ctl.SetPlan(s.plan)
+	// Nobody waits for a server's word with Advance, nor in a first start without a decoy.
+	if s.plan.Verb == control.Start && (s.Advance || len(s.Command) > 0 && len(s.order) == 0) {
+		ctl.SetState(s.bank.Bank, control.Serving)
+		ctl.SetReady(s.bank.Bank, control.Now(), 0)
+		ctl.Flip(s.bank.Bank)
+	}
+}
+
+// checkConflicts refuses what does not go with generations that live.
+func (s *start) checkConflicts() error {
+	live := s.live()
+	if live > 0 && s.st.UID != s.uid {
+		return conflict(fmt.Errorf("user: the sockets of %d living instances belong to uid %d (%s), the new ones would to %d (%s), and one address takes one uid only (stop the service, then start it)",
+			live, s.st.UID, s.st.User, s.uid, s.user))
+	}
+	return nil
+}
+
+// live is how many instances live.
+func (s *start) live() int {
+	n := 0
+	for _, b := range s.banks {
+		if b.held {
+			n++
+		}
+	}
+	return n
+}
+
+// chooseBank finds a place for the new generation.
+func (s *start) chooseBank() error {
+	last := 0
+	if s.st.Plan != nil {
+		last = s.st.Plan.Bank
+	}
+	for i := 1; i <= control.Banks; i++ {
+		n := (last + i) % control.Banks
+		if _, used := s.st.Banks[n]; !used {
+			s.plan.Bank = n
+			s.bank = state.Bank{Bank: n, Generation: s.st.Generation + 1, Created: time.Now().UTC().Truncate(time.Second)}
+			for _, l := range s.Listeners {
+				s.bank.Listeners = append(s.bank.Listeners, state.Listener{Name: l.Name, Address: l.String()})
+			}
+			return nil
+		}
+	}
+	return conflict(fmt.Errorf("%d instances live, which is as many as there can be: the new one has no place (wait until some have drained, end one with grm drain %s --now, or set drain.max_instances)", s.live(), s.Service))
+}
+
+// notePending records what is to come, for whoever finds it half done.
+func (s *start) notePending() error {
+	s.st.Pending = &s.bank
+	// The number is used up, whatever becomes of it.
+	s.st.Generation = s.bank.Generation
+	for _, l := range s.Listeners {
+		g := state.Group{Address: l.Address.String(), App: l.App}
+		if !slices.Contains(s.st.Groups, g) {
+			s.st.Groups = append(slices.Clip(s.st.Groups), g)
+		}
+	}
+	return s.dir.Write(s.st)
+}
+
+// restoreState is the undo of all that was recorded. A service of which
+// nothing was known leaves nothing.
+func (s *start) restoreState() error {
+	generation := s.st.Generation
+	*s.st = s.before
+	if len(s.before.Groups) == 0 && len(s.before.Banks) == 0 && s.before.Plan == nil {
+		return s.dir.Remove(s.Service)
+	}
+	s.st.Generation = generation
+	return s.dir.Write(s.st)
+}
+
+func (s *start) openService() error {
+	if s.service != nil {
+		return nil
+	}
+	svc, err := bpfprog.CreateService(s.Service)
+	if err != nil {
+		return err
+	}
+	s.service = svc
+	s.undoList = append(s.undoList, undo{"control map", func() error {
+		s.service = nil
+		return errors.Join(svc.Remove(), svc.Close())
+	}})
+	return nil
+}
+
+// openGroup opens or builds the group of a listener, with this build's program
+// and the service's control map in it.
+func (s *start) openGroup(l config.Listener) (*bpfprog.Group, error) {
+	spec, err := spec(l)
+	if err != nil {
+		return nil, err
+	}
+	g, err := s.group(l)
+	if err == nil {
+		if differs := g.Matches(spec); differs != nil {
+			g, err = nil, s.replaceGroup(g, l, differs)
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	if g == nil {
+		if g, err = s.createGroup(spec, l); err != nil {
+			return nil, err
+		}
+	} else if refreshed, err := g.Refresh(); err != nil {
+		return nil, err
+	} else if refreshed {
+		s.log(info, "%s: the program of this build replaces another one's, with the flows that are there", l.Address)
+	}
+	return g, g.Join(l.App, s.service)
+}
+
+// replaceGroup makes way for a group with other settings, if nobody lives in
+// the old one.
+func (s *start) replaceGroup(g *bpfprog.Group, l config.Listener, differs error) error {
+	for app := range max(g.Spec.MaxApps, 1) {
+		lives, err := hasSockets(g, app)
+		if err != nil {
+			return err
+		}
+		if lives && app == l.App {
+			return conflict(fmt.Errorf("%w, and instances live that go by the old settings (stop the service, then start it)", differs))
+		}
+		if lives {
+			return conflict(fmt.Errorf("%w, and another service has sockets there, as app %d (give both services the same settings)", differs, app))
+		}
+	}
+	if err := g.Remove(); err != nil {
+		return err
+	}
+	return s.forgetGroup(l.Address)
+}
+
+func (s *start) createGroup(spec bpfprog.GroupSpec, l config.Listener) (*bpfprog.Group, error) {
+	g, err := bpfprog.CreateGroup(spec)
+	if err != nil {
+		return nil, err
+	}
+	s.groups[l.Address] = g
+	s.undoList = append(s.undoList, undo{"group " + l.Address.String(), func() error {
+		return errors.Join(g.Remove(), s.forgetGroup(l.Address))
+	}})
+	return g, nil
+}
+
+// bind makes the sockets of a listener.
+func (s *start) bind(i int) error {
+	l := s.Listeners[i]
+	if !s.lives(l) {
+		if o, found := s.foreign(l, s.ours()); found {
+			return inUseBy(fmt.Errorf("bind %s: the address is in use by %s (end it, or choose another address)", l.Address, o))
+		}
+	}
+	inodes := make([]uint64, int(l.Sockets))
+	warned := false
+	for index := range inodes {
+		fd, err := openSocket(l, s.uid, func(text string) {
+			if !warned {
+				s.log(warning, "%s", text)
+			}
+			warned = true
+		})
+		if errors.Is(err, unix.EADDRINUSE) {
+			if o, found := s.foreign(l, s.ours()); found {
+				err = fmt.Errorf("%w by %s (end it, or choose another address)", err, o)
+			}
+			err = inUseBy(err)
+		}
+		if err != nil {
+			return err
+		}
+		s.sockets = append(s.sockets, fd)
+		if inodes[index], err = proc.Inode(fd); err != nil {
+			return err
+		}
+	}
+	s.bank.Listeners[i].Inodes = inodes
+	return nil
+}
+
+// lives says whether sockets of the service, or of another one of the group,
+// are bound to a listener's address already.
+func (s *start) lives(l config.Listener) bool {
+	g := s.groups[l.Address]
+	for app := range max(g.Spec.MaxApps, 1) {
+		if lives, err := hasSockets(g, app); err != nil || lives {
+			return true
+		}
+	}
+	return false
+}
+
+// ours are the sockets that do not stand in the service's way.
+func (s *start) ours() map[uint64]bool {
+	ours := map[uint64]bool{}
+	for inode := range s.holders {
+		ours[inode] = true
+	}
+	for _, b := range s.st.Banks {
+		for _, inode := range b.Inodes() {
+			ours[inode] = true
+		}
+	}
+	for _, fd := range s.sockets {
+		if inode, err := proc.Inode(fd); err == nil {
+			ours[inode] = true
+		}
+	}
+	return ours
+}
+
+func (s *start) closeSockets() {
+	for _, fd := range s.sockets {
+		_ = unix.Close(fd) // nothing was sent on it; systemd, if anybody, has its own copy
+	}
+	s.sockets = nil
+}
+
+// fill puts a listener's sockets into their slots.
+func (s *start) fill(g *bpfprog.Group, l config.Listener, sockets []int) error {
+	generation := s.bank.Generation
+	if s.NoRegister {
+		generation = 0
+	}
+	if err := g.SetBank(l.App, s.bank.Bank, generation, len(sockets)); err != nil {
+		return err
+	}
+	for index, fd := range sockets {
+		if err := g.Put(l.App, s.bank.Bank, index, fd); err != nil {
+			return errors.Join(err, g.Clear(l.App, s.bank.Bank))
+		}
+	}
+	return nil
+}
+
+// attachAgain attaches the program to a group whose sockets are all elsewhere,
+// in systemd's store: through one that is in the group for a moment, and in no slot.
+func (s *start) attachAgain(g *bpfprog.Group, l config.Listener) error {
+	l.RcvBuf = 0
+	fd, err := openSocket(l, s.st.UID, func(string) {})
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return g.Attach(fd)
+}
+
+func (s *start) attachHooks() error {
+	dir, err := s.cgroup.Open()
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	id, err := proc.Inode(int(dir.Fd()))
+	if err != nil {
+		return err
+	}
+	if s.plan.Verb == control.Start {
+		s.bank.Cgroup = id
+	}
+	var groups []*bpfprog.Group
+	for _, a := range sortedAddresses(s.groups) {
+		groups = append(groups, s.groups[a])
+	}
+	return s.service.AttachHooks(dir, groups)
+}
+
+// pruneHooks takes the hooks off cgroups in which no socket of a generation was made.
+func (r *run) pruneHooks() error {
+	used := map[uint64]bool{}
+	for _, b := range r.st.Banks {
+		used[b.Cgroup] = true
+	}
+	if r.service == nil {
+		return nil
+	}
+	return r.service.PruneHooks(func(id uint64) bool { return used[id] })
+}
+
+func sortedAddresses(groups map[config.Address]*bpfprog.Group) []config.Address {
+	all := make([]config.Address, 0, len(groups))
+	for a := range groups {
+		all = append(all, a)
+	}
+	slices.SortFunc(all, func(a, b config.Address) int {
+		if c := a.AddrPort.Compare(b.AddrPort); c != 0 {
+			return c
+		}
+		return len(a.Proto) - len(b.Proto)
+	})
+	return all
+}
+
+// storeMaps gives the decoy its control map and the flow tables. Each opening
+// of a pin is another file to systemd, which would store it beside the old one.
+func (s *start) storeMaps() error {
+	err := errors.Join(s.store.Forget(controlName), s.store.Store(controlName, s.service.ControlFD()))
+	for _, l := range s.Listeners {
+		if fd, ok := s.groups[l.Address].FlowsFD(); ok {
+			err = errors.Join(err, s.store.Forget(flowsName(l.Name)), s.store.Store(flowsName(l.Name), fd))
+		}
+	}
+	if err != nil {
+		return err
+	}
+	return s.store.Barrier(barrierTimeout)
+}
+
+// storeSockets gives the new generation's sockets to systemd, and asks whether it has taken them.
+func (s *start) storeSockets() error {
+	if err := s.checkRoom(len(s.sockets)); err != nil {
+		return err
+	}
+	next := 0
+	for _, l := range s.Listeners {
+		for index := range int(l.Sockets) {
+			if err := s.store.Store(socketName(l.Name, s.bank.Generation, index), s.sockets[next]); err != nil {
+				return errors.Join(err, s.forgetSockets())
+			}
+			next++
+		}
+	}
+	if err := s.store.Barrier(barrierTimeout); err != nil {
+		return errors.Join(err, s.forgetSockets())
+	}
+	return nil
+}
+
+func (s *start) forgetSockets() error {
+	var err error
+	for _, l := range s.Listeners {
+		for index := range int(l.Sockets) {
+			err = errors.Join(err, s.store.Forget(socketName(l.Name, s.bank.Generation, index)))
+		}
+	}
+	return errors.Join(err, s.store.Barrier(barrierTimeout))
+}
+
+// record writes down what was done.
+func (s *start) record() error {
+	s.st.Pending = nil
+	s.st.Unit = s.Unit
+	s.st.Plan = &state.Plan{Verb: s.plan.Verb.String(), Bank: s.plan.Bank, Generation: s.bank.Generation, Invocation: os.Getenv("INVOCATION_ID"), At: control.Now()}
+	if s.plan.Verb == control.Start {
+		s.st.User, s.st.UID = s.user, s.uid
+		banks := map[int]state.Bank{s.bank.Bank: s.bank}
+		for n, b := range s.before.Banks {
+			banks[n] = b
+		}
+		s.st.Banks = banks
+	}
+	return s.dir.Write(s.st)
+}
+
+// reclaim drops the generations that nobody serves, nor will: they leave the
+// slots, the order and the fd store before anything new comes.
+func (r *run) reclaim(f facts, plan control.Plan) error {
+	dropped := false
+	for _, n := range sortedKeys(f.banks) {
+		b := f.banks[n]
+		if b.held || plan.Verb != control.Start && n == plan.Bank {
+			continue
+		}
+		if err := r.drop(r.st.Banks[n]); err != nil {
+			return fmt.Errorf("release generation %d: %w", b.generation, err)
+		}
+		delete(r.st.Banks, n)
+		delete(f.banks, n)
+		dropped = true
+		r.log(info, "gen %d has no server any more: its sockets are released", b.generation)
+	}
+	if !dropped {
+		return nil
+	}
+	if err := errors.Join(r.store.Barrier(barrierTimeout), r.sweep(r.Listeners), r.pruneHooks(), r.dir.Write(r.st)); err != nil {
+		return err
+	}
+	return r.ask() // what the fd store holds now
+}
+
+// repair undoes a start that was killed on its way.
+func (r *run) repair() error {
+	b := *r.st.Pending
+	r.st.Pending = nil
+	if err := errors.Join(r.drop(b), r.store.Barrier(barrierTimeout), r.sweep(nil), r.pruneHooks(), r.dir.Write(r.st)); err != nil {
+		return err
+	}
+	r.log(notice, "gen %d was being started when that was killed: undone", b.Generation)
+	return nil
+}
+
+// after does what is left once the start is published. None of it can make the
+// start fail.
+func (r *run) after(s *start) {
+	if err := r.pruneHooks(); err != nil {
+		r.log(warning, "hooks of cgroups that are gone: %v", err)
+	}
+	switch s.plan.Verb {
+	case control.Start:
+		r.log(info, "gen %d: %d sockets in bank %d", s.bank.Generation, s.bank.Sockets(), s.bank.Bank)
+	case control.Again:
+		r.log(notice, "gen %d: its server is gone, the next one gets its %d sockets and what waits in them", s.bank.Generation, s.bank.Sockets())
+	case control.StandIn:
+		r.log(notice, "gen %d lives: nothing is started, the decoy speaks for it", s.bank.Generation)
+	}
+}
+
+// noteFailure leaves the reason for whoever stands in for the older instance.
+// A service of which nothing is known leaves nothing, not even its lock.
+func (r *run) noteFailure(err error) {
+	if r.st == nil || len(r.st.Banks) == 0 {
+		if _, none := r.dir.Read(r.Service); errors.Is(none, fs.ErrNotExist) {
+			_ = r.lock.Remove() // an empty file: it does no harm
+			r.lock = nil
+		}
+		return
+	}
+	r.st.Failed = &state.Failed{Generation: r.st.Generation, Reason: err.Error(), At: time.Now().UTC().Truncate(time.Second), Invocation: os.Getenv("INVOCATION_ID")}
+	if e := r.dir.Write(r.st); e != nil {
+		r.log(warning, "%v", e)
+	}
+}

@@ -1,0 +1,369 @@
+package activate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"grm/bpfprog"
+	"grm/control"
+	"grm/internal/proc"
+	"grm/internal/state"
+)
+
+const (
+	killTimeout = 5 * time.Second
+	// An instance that was ready for so long ran well: the wait before the next automatic start begins anew.
+	ranWell = 10 * time.Second
+)
+
+// Stop is ExecStop=. It needs no lock: it leaves a word in the control map.
+func Stop(req Request, env Env) (err error) {
+	r := &run{Request: req, env: env}
+	if r.cgroup, err = proc.Own(); err != nil {
+		return unfit(err)
+	}
+	if err := r.ask(); err != nil {
+		return err
+	}
+	s, err := bpfprog.OpenService(r.Service)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // it never got so far
+	}
+	if err != nil {
+		return classify(err)
+	}
+	switch ctl := s.Control(); {
+	case r.ends():
+		// No new flow from now on; the decoy tells the servers.
+		ctl.SetRequest(control.Stop)
+		ctl.SetClosing(true)
+	case strings.Contains(r.unit.Job, "restart"):
+		ctl.SetRequest(control.Restart)
+	}
+	return s.Close()
+}
+
+// ends says whether the unit is being stopped for good, as far as its job tells.
+func (r *run) ends() bool { return r.unit.Job == "stop" || r.going }
+
+// StopPost is ExecStopPost=. It has the last word: after a stop nothing of the
+// service is left; after anything else only what became ready once.
+func StopPost(ctx context.Context, req Request, env Env) error {
+	r, err := begin(ctx, req, env)
+	if err != nil {
+		return err
+	}
+	return errors.Join(r.stopPost(), r.close())
+}
+
+func (r *run) stopPost() error {
+	if err := r.ask(); err != nil {
+		return err
+	}
+	final := r.ends() || r.known && r.unit.Job == "" && !restarts(r.unit.Restart, os.Getenv("SERVICE_RESULT"))
+	err := r.load()
+	if err != nil && final {
+		// Whatever is wrong with the record: a stop ends everything that can be found.
+		r.st = state.New(r.Service)
+		return errors.Join(err, r.end())
+	}
+	if err != nil {
+		return err
+	}
+	if final {
+		return r.end()
+	}
+	return r.afterAttempt()
+}
+
+// restarts says whether systemd will start the unit again on its own account,
+// by Restart= and the result, as systemd.service(5) has it in a table.
+func restarts(policy, result string) bool {
+	clean := result == "success"
+	signal := result == "signal" || result == "core-dump"
+	switch policy {
+	case "always", "":
+		return true
+	case "on-success":
+		return clean
+	case "on-failure":
+		return !clean
+	case "on-abnormal":
+		return signal || result == "timeout" || result == "watchdog" || result == "oom-kill"
+	case "on-abort":
+		return signal
+	case "on-watchdog":
+		return result == "watchdog"
+	}
+	return false
+}
+
+// end ends all processes of the service, and removes whatever it has.
+func (r *run) end() error {
+	if r.service != nil {
+		r.service.Control().SetClosing(true)
+	}
+	var all []error
+	note := func(err error) { all = append(all, err) }
+	note(r.killAll())
+	if b := r.st.Pending; b != nil {
+		note(r.drop(*b))
+		r.st.Pending = nil
+	}
+	for _, n := range sortedKeys(r.st.Banks) {
+		note(r.drop(r.st.Banks[n]))
+		for _, l := range r.st.Banks[n].Listeners {
+			note(r.store.Forget(flowsName(l.Name)))
+		}
+		delete(r.st.Banks, n)
+	}
+	note(r.store.Forget(controlName))
+	note(r.store.Barrier(barrierTimeout))
+	note(r.sweep(nil))
+	if r.service != nil {
+		note(r.service.Remove())
+	}
+	note(r.dir.Remove(r.Service))
+	note(r.lock.Remove())
+	r.lock = nil
+	if err := errors.Join(all...); err != nil {
+		return err
+	}
+	r.log(info, "stopped: nothing of it is left")
+	return nil
+}
+
+// killAll ends whatever is in the unit's cgroup, but for this process and
+// those that it is a child of. New children may come while it goes on.
+func (r *run) killAll() error {
+	if r.cgroup.Unit() == "" {
+		return nil // a cgroup that others are in as well
+	}
+	deadline := time.Now().Add(killTimeout)
+	for {
+		p, err := r.look()
+		if err != nil || len(p.pids) == 0 {
+			return err
+		}
+		if err := r.kill(sortedKeys(p.pids), deadline); err != nil {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%d processes of %s are still there %v after SIGKILL", len(p.pids), r.cgroup, killTimeout)
+		}
+	}
+}
+
+// kill sends SIGKILL to processes of the cgroup, and waits for their end.
+func (r *run) kill(pids []int, deadline time.Time) error {
+	for _, pid := range pids {
+		comm := proc.Comm(pid)
+		p, err := r.cgroup.Find(pid)
+		if errors.Is(err, unix.ESRCH) || errors.Is(err, proc.ErrElsewhere) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		err = p.Signal(unix.SIGKILL)
+		if err == nil && p.Wait(time.Until(deadline)) {
+			r.log(notice, "process %d (%s) was left: killed", pid, comm)
+		}
+		if err = errors.Join(err, p.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// afterAttempt looks at what became of the last start, when another one may
+// follow: what never became ready ends and leaves, what did stays.
+func (r *run) afterAttempt() error {
+	if r.st.Pending != nil {
+		if err := r.repair(); err != nil {
+			return err
+		}
+	}
+	if r.service == nil || r.st.Plan == nil {
+		return nil
+	}
+	plan, ctl := *r.st.Plan, r.service.Control()
+	if r.unit.Job == "restart" && ctl.Request() == control.Stop {
+		ctl.SetRequest(control.Restart) // a stop that a restart overtook
+	}
+	ctl.SetClosing(false)
+	result := serviceResult()
+	if invocation := os.Getenv("INVOCATION_ID"); plan.Invocation != invocation {
+		// ExecStartPre= failed, and has left the reason, unless it was killed.
+		if r.st.Failed == nil || r.st.Failed.Invocation != invocation {
+			r.fail(r.st.Generation, result.reason("prepared"))
+		}
+		return r.dir.Write(r.st)
+	}
+	b, known := r.st.Banks[plan.Bank]
+	if !known || b.Generation != plan.Generation {
+		return nil
+	}
+	p, err := r.look()
+	if err != nil {
+		return err
+	}
+	word := ctl.Bank(plan.Bank)
+	ready := plan.Verb == control.StandIn.String() || word.ReadyAt > plan.At
+	switch {
+	case !ready:
+		err = r.endAttempt(p, b, plan, result)
+	case result.service == "watchdog":
+		// It hangs: as good as dead, but for its sockets, which the next one gets.
+		err = r.kill(p.servers(b, word.Keeper), time.Now().Add(killTimeout))
+		r.fail(b.Generation, result.reason("served"))
+	case len(p.servers(b, word.Keeper)) == 0 && r.replaced(p, b):
+		// It died in its watch, and an older one has taken over.
+		err = r.release(b)
+		r.fail(b.Generation, result.reason("served"))
+	case control.Now()-word.ReadyAt >= ranWell:
+		r.st.Restarts = r.unit.Restarts
+	}
+	return errors.Join(err, r.dir.Write(r.st))
+}
+
+// endAttempt ends the processes of a start that never became ready, and takes
+// its generation back. Sockets that it had from a crashed one stay: what waits
+// in them is for the next.
+func (r *run) endAttempt(p processes, b state.Bank, plan state.Plan, result result) error {
+	err := r.kill(r.attempt(p, b, plan), time.Now().Add(killTimeout))
+	if plan.Verb == control.Start.String() {
+		err = errors.Join(err, r.release(b))
+	}
+	if result.service != "success" {
+		r.fail(b.Generation, result.reason("ready"))
+	}
+	return err
+}
+
+// attempt are the processes that a start has brought about: those that are
+// younger than it, and not of an instance that became ready before.
+func (r *run) attempt(p processes, b state.Bank, plan state.Plan) []int {
+	ctl := r.service.Control()
+	kept := map[int]bool{}
+	for n, other := range r.st.Banks {
+		word := ctl.Bank(n)
+		if n == b.Bank || word.ReadyAt == 0 {
+			continue
+		}
+		servers := p.servers(other, word.Keeper)
+		for _, pid := range servers {
+			kept[pid] = true
+		}
+		if len(servers) > 0 && p.pids[word.Keeper] {
+			kept[word.Keeper] = true
+		}
+	}
+	var pids []int
+	for _, pid := range sortedKeys(p.pids) {
+		if p.descends(pid, kept) {
+			continue
+		}
+		if started := proc.Started(pid); started == 0 || started+proc.Tick > plan.At {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// descends says whether a process, or one that it is a child of, is in a set.
+func (p processes) descends(pid int, set map[int]bool) bool {
+	for steps := 0; p.pids[pid] && steps < len(p.pids); steps++ {
+		if set[pid] {
+			return true
+		}
+		pid = proc.Parent(pid)
+	}
+	return false
+}
+
+// replaced says whether a generation that is dead has been, or is to be, replaced by an
+// older one: its keeper has taken it out of the order, or could not since it
+// died as well, within the watch.
+func (r *run) replaced(p processes, b state.Bank) bool {
+	ctl := r.service.Control()
+	working := false
+	for _, n := range ctl.Order().Banks() {
+		if n == b.Bank {
+			working = true
+			continue
+		}
+		word := ctl.Bank(n)
+		older, known := r.st.Banks[n]
+		if known && older.Generation < b.Generation && len(p.servers(older, word.Keeper)) > 0 && p.pids[word.Keeper] {
+			return !working || ctl.Bank(b.Bank).WatchUntil > control.Now()
+		}
+	}
+	return false
+}
+
+// release takes a generation back that will not be served.
+func (r *run) release(b state.Bank) error {
+	err := r.drop(b)
+	delete(r.st.Banks, b.Bank)
+	return errors.Join(err, r.store.Barrier(barrierTimeout), r.sweep(nil), r.pruneHooks())
+}
+
+// fail records that a start came to nothing.
+func (r *run) fail(generation uint64, reason string) {
+	r.st.Failed = &state.Failed{Generation: generation, Reason: reason, At: time.Now().UTC().Truncate(time.Second), Invocation: os.Getenv("INVOCATION_ID")}
+	r.log(warning, "gen %d: %s", generation, reason)
+}
+
+// result is what systemd says of the service's end.
+type result struct{ service, code, status string }
+
+func serviceResult() result {
+	return result{os.Getenv("SERVICE_RESULT"), os.Getenv("EXIT_CODE"), os.Getenv("EXIT_STATUS")}
+}
+
+// reason puts the result into words, for an instance that was not, or was no
+// more, what state says: prepared, ready, served.
+func (r result) reason(state string) string {
+	switch r.service {
+	case "":
+		return "not " + state
+	case "success", "protocol":
+		return "ended by itself"
+	case "timeout":
+		return "not " + state + " in time"
+	case "watchdog":
+		return "silent: its watchdog ended it"
+	case "oom-kill":
+		return "killed for want of memory"
+	case "exit-code", "signal", "core-dump":
+		if r.code == "killed" || r.code == "dumped" {
+			return "killed by SIG" + r.status
+		}
+		if n, err := strconv.Atoi(r.status); err == nil {
+			return exitReason(n)
+		}
+	}
+	return strings.TrimSpace(r.service + " " + r.code + " " + r.status)
+}
+
+// exitReason explains an exit status of grm-decoy's: the server's own, or what a shell would say.
+func exitReason(status int) string {
+	switch {
+	case status == 126:
+		return "exit status 126: the server cannot be executed"
+	case status == 127:
+		return "exit status 127: there is no such server"
+	case status > 128 && unix.SignalName(unix.Signal(status-128)) != "":
+		return "killed by " + unix.SignalName(unix.Signal(status-128))
+	}
+	return fmt.Sprintf("exit status %d", status)
+}
