@@ -481,11 +481,13 @@ func (t *table) command(name string, dst *[]string) {
 			t.doc.report(key, problemf("leave it out: no program can be given one", "NUL character in %s", quote(w)))
 			return
 		}
-		if i == 0 {
-			if err := checkPath(w); err != nil {
-				t.doc.report(key, err)
-				return
-			}
+		err := checkUnicode(w) // else systemctl cannot even show the unit
+		if i == 0 && err == nil {
+			err = checkPath(w)
+		}
+		if err != nil {
+			t.doc.report(key, err)
+			return
 		}
 	}
 	if size > maxCommand {

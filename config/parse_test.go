@@ -296,6 +296,7 @@ func TestRefusedWhole(t *testing.T) {
 		"user empty":      {"user = ''", "f.toml:1: user: empty"},
 		"description":     {"description = \"a\\nb\"", "f.toml:1: description: control character U+000A"},
 		"directory":       {"working_directory = 'a'", `f.toml:1: working_directory: "a" is not an absolute path`},
+		"no character":    {"exec = ['/a', \"\\uFDD0\"]", "f.toml:1: exec[1]: U+FDD0, which is not a character, at byte 1"},
 		"long command":    {"exec = ['/a', '" + strings.Repeat("x", maxCommand) + "']", "f.toml:1: exec: 65540 bytes are more than 65536"},
 		"NUL":             {"name = 'a'\nuser = 'b\x00'", "f.toml:2: NUL byte: this is not a text file (save it as UTF-8)"},
 		"UTF-16":          {"\xff\xfen\x00", "f.toml:1: NUL byte"},
