@@ -38,26 +38,29 @@ func (r Result) String() string {
 // that it starts a flow.
 type Verdict uint32
 
-const firstApp Verdict = 1 << 31
+const (
+	// MaxApps is how many apps a group can have.
+	MaxApps = 16
+
+	firstApp Verdict = 1 << 31
+)
 
 // Cookie is the cookie that v is, if it is one.
 func (v Verdict) Cookie() (cookie uint16, ok bool) { return uint16(v), v <= 0xffff }
 
-// App is the app that a group with so many apps gives the packet to as a new
-// flow: the one that v names if the group has it, or else app 0.
-func (v Verdict) App(apps int) (app int, named bool) {
-	if v >= firstApp && uint64(v-firstApp) < uint64(apps) {
+// App is the app that v names, if it does. The group need not have it.
+func (v Verdict) App() (app int, ok bool) {
+	if v >= firstApp && v-firstApp < MaxApps {
 		return int(v - firstApp), true
 	}
 	return 0, false
 }
 
 func (v Verdict) String() string {
-	const mostApps = 16
 	if cookie, ok := v.Cookie(); ok {
 		return fmt.Sprintf("cookie 0x%04x", cookie)
 	}
-	if app, ok := v.App(mostApps); ok {
+	if app, ok := v.App(); ok {
 		return fmt.Sprintf("new flow of app %d", app)
 	}
 	return fmt.Sprintf("new flow (0x%x)", uint32(v))
@@ -183,9 +186,9 @@ func (p Program) Run(payload []byte, ethProtocol uint16, step Step) Result {
 				taken = a&operand != 0
 			}
 			if taken {
-				pc += int(in.JT)
+				pc += int(in.Jt)
 			} else {
-				pc += int(in.JF)
+				pc += int(in.Jf)
 			}
 		case unix.BPF_RET:
 			if in.Op == unix.BPF_RET|unix.BPF_A {
