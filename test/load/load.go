@@ -336,18 +336,22 @@ func (e *engine) send(now time.Duration) error {
 			return err
 		}
 		if f.sent < f.length {
-			// Half the pace is fixed, the other half is the seed's: flows do not march in step.
-			f.next = max(f.next+e.Pace/2, now-e.Pace) + time.Duration(e.rand.Int64N(int64(e.Pace)+1))
+			f.next = max(f.next, now-2*e.Pace) + e.pause() // what is late is caught up with, within reason
 			e.queue.fix(0)
 			continue
 		}
 		e.queue.remove(0)
 		e.last(f, now)
-		if err := e.open(now + time.Duration(e.rand.Int64N(int64(e.Pace)+1))); err != nil {
+		if err := e.open(now + e.pause()); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// pause is the time to a flow's next datagram: a half of the pace is fixed, the rest is the seed's, so that flows do not march in step.
+func (e *engine) pause() time.Duration {
+	return e.Pace/2 + time.Duration(e.rand.Int64N(int64(e.Pace)+1))
 }
 
 func (e *engine) sendOne(f *flow) error {
