@@ -174,20 +174,20 @@ func TestServices(t *testing.T) {
 	if names := must[[]string](t)(b.BPFFS()); len(names) != 0 {
 		t.Errorf("a new box has pins: %q", names)
 	}
-	must[string](t)(b.Run("mkdir", "/sys/fs/bpf/mine"))
+	must[string](t)(b.Exec("mkdir", "/sys/fs/bpf/mine"))
 	if names := must[[]string](t)(b.BPFFS()); !slices.Equal(names, []string{"mine"}) {
 		t.Errorf("pins: %q", names)
 	}
-	if _, err := b.Run("sh", "-c", "echo oh >&2; exit 3"); err == nil || !strings.Contains(err.Error(), "exit status 3: oh") {
+	if _, err := b.Exec("sh", "-c", "echo oh >&2; exit 3"); err == nil || !strings.Contains(err.Error(), "exit status 3: oh") {
 		t.Errorf("error of a command: %v", err)
 	}
-	if _, err := b.Run("sh", "-c", "echo x > /proc/sys/kernel/hostname || exit 1"); err == nil {
+	if _, err := b.Exec("sh", "-c", "echo x > /proc/sys/kernel/hostname || exit 1"); err == nil {
 		t.Error("the box can write the host's /proc/sys")
 	}
-	if _, err := b.Run("sh", "-c", "echo 2048 > /proc/sys/net/ipv4/ip_local_port_range; sysctl -qw net.ipv4.ip_local_port_range='10000 65000'"); err != nil {
+	if _, err := b.Exec("sh", "-c", "echo 2048 > /proc/sys/net/ipv4/ip_local_port_range; sysctl -qw net.ipv4.ip_local_port_range='10000 65000'"); err != nil {
 		t.Errorf("the box cannot set up its own network: %v", err)
 	}
-	if _, err := b.Run("touch", BinDir+"/x"); err == nil {
+	if _, err := b.Exec("touch", BinDir+"/x"); err == nil {
 		t.Error("the box can write to the directory of binaries")
 	}
 }
@@ -195,7 +195,7 @@ func TestServices(t *testing.T) {
 func TestDBus(t *testing.T) {
 	needRoot(t)
 	b := ForTest(t, Options{DBus: true})
-	out := must[string](t)(b.Run("busctl", "--system", "get-property", "org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager", "Version"))
+	out := must[string](t)(b.Exec("busctl", "--system", "get-property", "org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager", "Version"))
 	if !strings.HasPrefix(out, "s ") {
 		t.Errorf("version over the bus: %q", out)
 	}

@@ -34,9 +34,9 @@ func (b *Box) Command(ctx context.Context, name string, args ...string) *exec.Cm
 	return cmd
 }
 
-// Run runs a command in the box to its end, within the box's timeout, and returns what it wrote to stdout.
+// Exec runs a command in the box to its end, within the box's timeout, and returns what it wrote to stdout.
 // The error names the command and has what it wrote to stderr; it wraps the [exec.ExitError].
-func (b *Box) Run(name string, args ...string) (string, error) {
+func (b *Box) Exec(name string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), b.opts.Timeout)
 	defer cancel()
 	cmd := b.Command(ctx, name, args...)
@@ -53,7 +53,7 @@ func (b *Box) Run(name string, args ...string) (string, error) {
 }
 
 // Systemctl runs systemctl in the box and returns its output.
-func (b *Box) Systemctl(args ...string) (string, error) { return b.Run("systemctl", args...) }
+func (b *Box) Systemctl(args ...string) (string, error) { return b.Exec("systemctl", args...) }
 
 // Path is the path by which the host sees a file of the box. Symbolic links with absolute targets lead back to the host: name the real file.
 func (b *Box) Path(name string) string { return fmt.Sprintf("/proc/%d/root%s", b.pid, name) }
@@ -282,9 +282,9 @@ func ignoreGone(err error) error {
 
 // Journal returns the messages that a unit's processes, and systemd about the unit, have logged so far.
 func (b *Box) Journal(unit string) ([]string, error) {
-	if _, err := b.Run("journalctl", "--sync"); err != nil {
+	if _, err := b.Exec("journalctl", "--sync"); err != nil {
 		return nil, err
 	}
-	out, err := b.Run("journalctl", "--no-pager", "--quiet", "--output=cat", "--unit="+unit)
+	out, err := b.Exec("journalctl", "--no-pager", "--quiet", "--output=cat", "--unit="+unit)
 	return strings.Split(strings.TrimSuffix(out, "\n"), "\n"), err
 }

@@ -181,9 +181,9 @@ type flow struct {
 	length   int           // how many it is to send
 	sent     int
 	answered int
-	got      []uint64 // a bit for each datagram that was answered
-	from     []span   // in which window it sent from which datagram on
-	moved    bool
+	got      []uint64      // a bit for each datagram that was answered
+	from     []span        // in which window it sent from which datagram on
+	movedIn  int           // the number of windows there were when it moved last, or 0
 	ends     time.Duration // when it is given up or, with all answers, closed
 }
 
@@ -478,8 +478,11 @@ func (e *engine) take(f *flow, packet []byte) {
 		e.result.Instances[instance] = in
 		return
 	default:
-		if !f.moved {
-			f.moved = true
+		if now := len(e.windows); f.movedIn != now {
+			if f.movedIn == 0 {
+				e.result.Moved++
+			}
+			f.movedIn = now
 			w.Moved++
 			if len(e.result.Movers) < maxMissing {
 				e.result.Movers = append(e.result.Movers, Move{f.number, d.Seq, f.instance, instance, w.Name})

@@ -16,7 +16,7 @@ type Counts struct {
 	Answered   uint64 // of these, answered once or more
 	Lost       uint64 // of these, not answered until the deadline
 	Duplicated uint64 // answers beyond the first
-	Moved      uint64 // flows that changed their instance although it could still serve them
+	Moved      uint64 // flows that changed their instance although it could still serve them; a flow may do so in several windows
 	TakenOver  uint64 // changes away from an instance that was killed
 	Refused    uint64 // port-unreachable errors: nobody listened
 }
@@ -34,8 +34,8 @@ func (c *Counts) add(d Counts) {
 // Pending is how many datagrams are neither answered nor lost yet; at the end there are none.
 func (c Counts) Pending() uint64 { return c.Sent - c.Answered - c.Lost }
 
-// Window is the account of what was sent between two marks. A flow that moved, and an answer too many, are booked in the window in
-// which the datagram that showed it was sent.
+// Window is the account of what was sent between two marks. What an answer shows, a move or one answer too many, is booked in the window in
+// which its datagram was sent.
 type Window struct {
 	Counts
 	Name       string
@@ -127,6 +127,7 @@ func (e *engine) account() Result {
 		r.Windows = append(r.Windows, *w)
 		r.Counts.add(w.Counts)
 	}
+	r.Moved = e.result.Moved // flows, not the sum of those that moved in each window
 	return r
 }
 

@@ -74,7 +74,7 @@ func (r *Rig) Install(toml string) (*Service, error) {
 	if err := r.WriteFile(file, toml, 0o644); err != nil {
 		return nil, err
 	}
-	if _, err := r.Run(box.BinDir+"/grm-unitgen", file); err != nil {
+	if _, err := r.Exec(box.BinDir+"/grm-unitgen", file); err != nil {
 		return nil, err
 	}
 	_, err = r.Systemctl("daemon-reload")
@@ -116,7 +116,7 @@ func (s *Service) Stop() error { _, err := s.rig.Systemctl("stop", s.Unit); retu
 // Restart is what all of this is about. It returns how long systemctl took, measured inside of the box.
 func (s *Service) Restart() (time.Duration, error) {
 	// Started by a shell that takes the time itself: nsenter's own start does not count.
-	out, err := s.rig.Run("/bin/bash", "-c", `a=${EPOCHREALTIME/./}; systemctl restart "$1"; s=$?; echo $((${EPOCHREALTIME/./} - a)); exit $s`, "-", s.Unit)
+	out, err := s.rig.Exec("/bin/bash", "-c", `a=${EPOCHREALTIME/./}; systemctl restart "$1"; s=$?; echo $((${EPOCHREALTIME/./} - a)); exit $s`, "-", s.Unit)
 	if err != nil {
 		return 0, s.explain(err)
 	}

@@ -1,0 +1,164 @@
+package stories
+
+import (
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"grm/test/load"
+)
+
+// TestNewVersionExits restarts into versions that end before they are ready: the old one serves on as if nothing had happened.
+func TestNewVersionExits(t *testing.T) {
+	s := newStory(t)
+	good := quickly("1s")
+	echo := s.install("echo", good...)
+	echo.start()
+	g := echo.load()
+	old := echo.instance()
+	for version, says := range map[string]string{
+		`"/bin/false"`:                           "exit",
+		`"/bin/sh", "-c", "kill -SEGV $$"`:       "SEGV",
+		`"/usr/lib/grm/examples/none"`:           "none",
+		`"/etc/passwd"`:                          "passwd",
+		`"/bin/sh", "-c", "exec sleep infinity"`: "ready",
+	} {
+		g.Mark(version)
+		change := append(append([]string{}, good...), `"/usr/lib/grm/examples/echo"`, version)
+		if strings.Contains(version, "sleep") {
+			change = append(change, "[[listen]]", "[ready]\ntimeout = \"2s\"\n\n[[listen]]")
+		}
+		s.install("echo", change...)
+		if _, err := echo.Restart(); err == nil {
+			t.Errorf("%s: the restart did not fail", version)
+		}
+		echo.active("active")
+		echo.statusHas("gen 1 serving", "failed")
+		echo.statusHas(says)
+		g.more(2000)
+		if procs := echo.processes(); len(procs.Servers) != 1 || len(procs.Keepers) != 1 || procs.Decoy == nil || len(procs.Others) != 0 || echo.instance() != old {
+			t.Errorf("%s: processes afterwards: %+v", version, procs)
+		}
+	}
+	if r := g.Snapshot(); len(r.Instances) != 1 {
+		t.Errorf("somebody else than %s answered: %v", old, r)
+	}
+	s.install("echo", good...)
+	g.Mark("good")
+	echo.restart()
+	g.newFlowsAt(echo.instance(), 100)
+	r := g.end()
+	if len(r.Instances) != 2 {
+		t.Error(r)
+	}
+	echo.drained()
+	s.must(echo.Stop())
+	s.nothingLeft(echo)
+}
+
+// TestDiesWithinWatch has a version that says that it is ready and dies: new flows go back to the old one.
+func TestDiesWithinWatch(t *testing.T) {
+	s := newStory(t)
+	echo := s.install("echo", quickly("30s")...)
+	echo.start()
+	g := echo.load(forever)
+	old := echo.instance()
+	echo.restart()
+	g.more(2000)
+	dying := echo.server()
+	if dying.BoxPid == 0 || echo.instance() == old {
+		t.Fatal("no new server")
+	}
+	g.Gone(echo.instance())
+	s.must(dying.Kill(unix.SIGKILL))
+	echo.statusHas("gen 1 serving", "gen 2 failed")
+	echo.active("active")
+	h := echo.load()
+	h.more(2000)
+	g.end() // all of its flows began at the old one
+	if r := h.end(); r.Instances[old].Answers != r.Answered {
+		t.Errorf("after the flip back all is answered by %s: %v", old, r)
+	}
+	echo.restart()
+	if now := echo.instance(); now == old {
+		t.Error("the next restart did not bring a new instance")
+	}
+}
+
+// TestCrash kills the server, and in the end everything, so that the cgroup goes too: packets wait in the stored sockets for the next one,
+// whose flows they are.
+func TestCrash(t *testing.T) {
+	for name, victims := range map[string]func(*service) error{
+		"server": func(v *service) error { return v.server().Kill(unix.SIGKILL) },
+		"all": func(v *service) error {
+			procs := v.processes()
+			// The decoy first: it must not see the others go.
+			if err := procs.Decoy.Kill(unix.SIGKILL); err != nil {
+				return err
+			}
+			if err := procs.Keepers[0].Kill(unix.SIGKILL); err != nil {
+				return err
+			}
+			return procs.Servers[0].Kill(unix.SIGKILL)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newStory(t)
+			echo := s.install("echo", quickly("1s")...)
+			echo.start()
+			g := echo.load(forever)
+			const crashes = 3
+			for range crashes {
+				killed := echo.instance()
+				g.Gone(killed)
+				s.must(victims(echo))
+				s.must(s.Wait("another server runs", func() (bool, error) {
+					procs, err := echo.Processes()
+					return len(procs.Servers) == 1 && procs.Decoy != nil && echo.instance() != killed, err
+				}))
+				next := echo.instance()
+				g.until("the next one answers all flows", func(r load.Result) bool { return r.Instances[next].Answers > 0 })
+				g.more(4000)
+			}
+			// They are the next one's for good: another restart moves none of them.
+			echo.restart()
+			g.more(4000)
+			r := g.stop()
+			// A killed server may have read one datagram from its one socket without having answered.
+			if r.Lost > crashes || r.Moved+r.Duplicated+r.Strange != 0 {
+				t.Error(r)
+			}
+			if len(r.Instances) != crashes+1 || r.TakenOver != crashes*200 {
+				t.Errorf("%d crashes: each of the 200 flows is taken over each time: %v", crashes, r)
+			}
+		})
+	}
+}
+
+func TestStop(t *testing.T) {
+	s := newStory(t)
+	echo := s.install("echo")
+	echo.start()
+	g := echo.load()
+	echo.restart() // there is a draining instance too
+	g.newFlowsAt(echo.instance(), 10)
+	if n := len(echo.processes().Servers); n != 2 {
+		t.Errorf("%d servers before the stop", n)
+	}
+	g.Mark("stop")
+	s.must(echo.Stop())
+	s.nothingLeft(echo)
+	r := g.stop()
+	for _, w := range r.Windows {
+		if w.Name != "stop" && w.Lost+w.Moved+w.Duplicated != 0 {
+			t.Errorf("before the stop: %v", r)
+		}
+	}
+	echo.start()
+	g = echo.load()
+	g.more(2000)
+	g.end()
+	s.must(echo.Stop())
+	s.nothingLeft(echo)
+}
