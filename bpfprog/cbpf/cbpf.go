@@ -28,11 +28,10 @@ const (
 	scratchWords = 16 // M[0]…M[15]
 )
 
-// Instruction is one classic instruction, in the kernel's encoding. A
-// bpf.RawInstruction of golang.org/x/net converts to it.
+// Instruction is one classic instruction, in the kernel's encoding.
 type Instruction struct {
 	Op     uint16
-	Jt, Jf uint8
+	JT, JF uint8
 	K      uint32
 }
 
@@ -45,7 +44,7 @@ type Program []Instruction
 func (p Program) String() string {
 	var b strings.Builder
 	for _, in := range p {
-		fmt.Fprintf(&b, "{ 0x%02x, %d, %d, 0x%08x },\n", in.Op, in.Jt, in.Jf, in.K)
+		fmt.Fprintf(&b, "{ 0x%02x, %d, %d, 0x%08x },\n", in.Op, in.JT, in.JF, in.K)
 	}
 	return b.String()
 }
@@ -80,8 +79,8 @@ func (p Program) next(pc int, yield func(to int, jump bool)) {
 	switch {
 	case in.isReturn():
 	case in.isConditional():
-		yield(pc+1+int(in.Jt), true)
-		yield(pc+1+int(in.Jf), true)
+		yield(pc+1+int(in.JT), true)
+		yield(pc+1+int(in.JF), true)
 	case in.class() == unix.BPF_JMP:
 		yield(pc+1+int(in.K), true)
 	default:
@@ -149,7 +148,7 @@ func (p Program) Text(pc int) string {
 		if in.op() == unix.BPF_JA {
 			return fmt.Sprintf("ja %d", uint64(pc)+1+uint64(in.K))
 		}
-		return fmt.Sprintf("%s %s jt %d jf %d", jumpNames[in.op()], operand, pc+1+int(in.Jt), pc+1+int(in.Jf))
+		return fmt.Sprintf("%s %s jt %d jf %d", jumpNames[in.op()], operand, pc+1+int(in.JT), pc+1+int(in.JF))
 	case unix.BPF_RET:
 		if in.Op == unix.BPF_RET|unix.BPF_A {
 			return "ret a"

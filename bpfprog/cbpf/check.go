@@ -108,7 +108,7 @@ func (p Program) check(pc int) error {
 	case unix.BPF_JMP:
 		to := uint64(pc) + 1 + uint64(in.K)
 		if in.isConditional() {
-			to = uint64(pc) + 1 + uint64(max(in.Jt, in.Jf))
+			to = uint64(pc) + 1 + uint64(max(in.JT, in.JF))
 		}
 		if to >= uint64(len(p)) {
 			return fmt.Errorf("jump to %d, behind the last instruction (%d)", to, len(p)-1)

@@ -35,13 +35,13 @@ func TestCheck(t *testing.T) {
 		"no ret":           {Program{{Op: ldh}}, "instruction 0 (ldh [0]): the last instruction must be ret"},
 		"ja":               {Program{{Op: ja, K: 1}, {Op: retA}}, "instruction 0 (ja 2): jump to 2, behind the last instruction (1)"},
 		"ja far":           {Program{{Op: ja, K: 1<<32 - 1}, {Op: retA}}, "jump to 4294967296"},
-		"jt":               {Program{{Op: jeq, K: 7, Jt: 1}, {Op: retA}}, "instruction 0 (jeq #0x7 jt 2 jf 1): jump to 2"},
-		"jf":               {Program{{Op: jeqX, Jf: 255}, {Op: retA}}, "instruction 0 (jeq x jt 1 jf 256): jump to 256"},
+		"jt":               {Program{{Op: jeq, K: 7, JT: 1}, {Op: retA}}, "instruction 0 (jeq #0x7 jt 2 jf 1): jump to 2"},
+		"jf":               {Program{{Op: jeqX, JF: 255}, {Op: retA}}, "instruction 0 (jeq x jt 1 jf 256): jump to 256"},
 		"div":              {Program{{Op: div}, {Op: retA}}, "instruction 0 (div #0x0): division by zero"},
 		"lsh":              {Program{{Op: lsh, K: 32}, {Op: retA}}, "instruction 0 (lsh #0x20): shift by more than 31 bits"},
 		"M":                {Program{{Op: st, K: 16}, {Op: retA}}, "instruction 0 (st M[16]): there is no M[16]"},
 		"M read":           {Program{{Op: ldMem, K: 3}, {Op: retA}}, "instruction 0 (ld M[3]): reads M[3], which is not written"},
-		"M on one way":     {Program{{Op: jeq, Jt: 1}, {Op: stx, K: 1}, {Op: ldxMem, K: 1}, {Op: retA}}, "instruction 2 (ldx M[1]): reads M[1]"},
+		"M on one way":     {Program{{Op: jeq, JT: 1}, {Op: stx, K: 1}, {Op: ldxMem, K: 1}, {Op: retA}}, "instruction 2 (ldx M[1]): reads M[1]"},
 		"offset":           {Program{{Op: ldh, K: 0x7001}, {Op: retA}}, "instruction 0 (ldh [28673]): offset 28673 is not supported (the largest is 28672)"},
 		"offset x":         {Program{{Op: ldbx, K: 0x7001}, {Op: retA}}, "instruction 0 (ldb [x + 28673]): offset"},
 		"offset x below":   {Program{{Op: ldbx, K: 1 << 31}, {Op: retA}}, "instruction 0 (ldb [x + -2147483648]): offset"},
@@ -106,7 +106,7 @@ func TestCheckAsKernel(t *testing.T) {
 func brokenProgram(random *rand.Rand) Program {
 	p := make(Program, 1+random.IntN(8))
 	for i := range p {
-		in := Instruction{Op: uint16(random.UintN(256)), Jt: uint8(random.UintN(5)), Jf: uint8(random.UintN(5))}
+		in := Instruction{Op: uint16(random.UintN(256)), JT: uint8(random.UintN(5)), JF: uint8(random.UintN(5))}
 		for random.UintN(16) != 0 && !in.known() {
 			in.Op = uint16(random.UintN(256))
 		}

@@ -241,14 +241,14 @@ func (p *filteredPair) attach(t *testing.T, program Program) {
 	t.Helper()
 	filter := Program{
 		{Op: ld, K: markLoad},
-		{Op: jeq, K: sentinel, Jf: 1},
+		{Op: jeq, K: sentinel, JF: 1},
 		{Op: retK, K: 1<<32 - 1},
 		{Op: ldImm},
 	}
 	compare := Program{
 		{Op: tax},
 		{Op: ld, K: markLoad},
-		{Op: jeqX, Jf: 1},
+		{Op: jeqX, JF: 1},
 		{Op: retK, K: 1<<32 - 1},
 		{Op: retK, K: udpHeader},
 	}
@@ -327,7 +327,7 @@ func TestCompileLong(t *testing.T) {
 	}
 	for name, p := range map[string]Program{
 		"loads":           long(Instruction{Op: ldh, K: 60}, Instruction{Op: ldb, K: 3}, Instruction{Op: ld, K: 20}),
-		"loads and jumps": long(Instruction{Op: ldb, K: 3}, Instruction{Op: jset, K: 8, Jt: 1, Jf: 1}, Instruction{Op: ldxMsh, K: 4}, Instruction{Op: jeqX, Jt: 2}, Instruction{Op: st}),
+		"loads and jumps": long(Instruction{Op: ldb, K: 3}, Instruction{Op: jset, K: 8, JT: 1, JF: 1}, Instruction{Op: ldxMsh, K: 4}, Instruction{Op: jeqX, JT: 2}, Instruction{Op: st}),
 		"indirect":        long(Instruction{Op: ldhx, K: 60}, Instruction{Op: and, K: 15}, Instruction{Op: tax}),
 		"arithmetic":      long(Instruction{Op: add, K: 1}),
 	} {
@@ -360,7 +360,7 @@ func TestCompileLong(t *testing.T) {
 
 func TestCompileErrors(t *testing.T) {
 	far := Program{{Op: ja, K: 4000}}
-	far = append(Program{{Op: jeq, Jt: 1}}, far...)
+	far = append(Program{{Op: jeq, JT: 1}}, far...)
 	for len(far) < 4010 {
 		far = append(far, Instruction{Op: ldh, K: 60})
 	}

@@ -147,7 +147,7 @@ func (p *Program) add(fields []string, base int) error {
 		}
 		n[i] = v
 	}
-	*p = append(*p, Instruction{Op: uint16(n[0]), Jt: uint8(n[1]), Jf: uint8(n[2]), K: uint32(n[3])})
+	*p = append(*p, Instruction{Op: uint16(n[0]), JT: uint8(n[1]), JF: uint8(n[2]), K: uint32(n[3])})
 	return nil
 }
 

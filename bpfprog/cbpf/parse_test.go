@@ -62,7 +62,7 @@ func TestParseErrors(t *testing.T) {
 func decimal(p Program) string {
 	text := fmt.Sprintln(len(p))
 	for _, in := range p {
-		text += fmt.Sprintln(in.Op, in.Jt, in.Jf, in.K)
+		text += fmt.Sprintln(in.Op, in.JT, in.JF, in.K)
 	}
 	return text
 }

@@ -186,9 +186,9 @@ func (p Program) Run(payload []byte, ethProtocol uint16, step Step) Result {
 				taken = a&operand != 0
 			}
 			if taken {
-				pc += int(in.Jt)
+				pc += int(in.JT)
 			} else {
-				pc += int(in.Jf)
+				pc += int(in.JF)
 			}
 		case unix.BPF_RET:
 			if in.Op == unix.BPF_RET|unix.BPF_A {

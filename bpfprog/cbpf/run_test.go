@@ -53,7 +53,7 @@ func TestRun(t *testing.T) {
 		"neg":            {Program{{Op: ldImm, K: 1}, {Op: neg}, {Op: retA}}, 0xffffffff},
 		"div x":          {Program{{Op: ldImm, K: 9}, {Op: div | 8}, {Op: retA}}, ByZero},
 		"lsh x by 33":    {Program{{Op: ldxImm, K: 33}, {Op: ldImm, K: 1}, {Op: lsh | 8}, {Op: retA}}, 2},
-		"jset":           {Program{{Op: ldb, K: 3}, {Op: jset, K: 0x80, Jf: 1}, {Op: retK, K: 1}, {Op: retK, K: 2}}, 1},
+		"jset":           {Program{{Op: ldb, K: 3}, {Op: jset, K: 0x80, JF: 1}, {Op: retK, K: 1}, {Op: retK, K: 2}}, 1},
 		"jumps, not all": {Program{{Op: ja, K: 1}, {Op: ldb, K: 99}, {Op: add, K: 3}, {Op: and, K: 2}, {Op: retA}}, 2},
 	} {
 		if err := Check(test.program); err != nil {
@@ -154,7 +154,7 @@ func randomProgram(random *rand.Rand) (p Program, reference bool) {
 				reference = false
 			}
 		default:
-			in := Instruction{Op: 0x05 | uint16(random.UintN(5))<<4 | uint16(random.UintN(2))<<3, K: number(), Jt: uint8(random.UintN(6)), Jf: uint8(random.UintN(6))}
+			in := Instruction{Op: 0x05 | uint16(random.UintN(5))<<4 | uint16(random.UintN(2))<<3, K: number(), JT: uint8(random.UintN(6)), JF: uint8(random.UintN(6))}
 			if in.op() == 0 {
 				in = Instruction{Op: ja, K: random.Uint32N(6)}
 			}
@@ -189,7 +189,7 @@ func checkReference(t *testing.T, p Program, packet []byte, got Result) {
 	t.Helper()
 	raw := make([]bpf.RawInstruction, len(p))
 	for i, in := range p {
-		raw[i] = bpf.RawInstruction(in)
+		raw[i] = bpf.RawInstruction{Op: in.Op, Jt: in.JT, Jf: in.JF, K: in.K}
 	}
 	instructions, all := bpf.Disassemble(raw)
 	if !all {
