@@ -110,7 +110,7 @@ func TestListenerErrors(t *testing.T) {
 		"udp://0.0.0.0:1?program=/a/../b":                 {`program: "/a/../b" is not a clean path (write "/b")`},
 		"udp://0.0.0.0:1?program=%0a":                     {"program:"},
 		"udp://0.0.0.0:1?program=%zz":                     {"program: \"%zz\" is not escaped as a URL is"},
-		"udp://0.0.0.0:1?program=2,6+0+0+1":               {"program: the program says that it has 2 instructions and has 1"},
+		"udp://0.0.0.0:1?program=2,6+0+0+1":               {"program: \"2\" is not a number of instructions, 1 of which follow"},
 		"tcp://0.0.0.0:1?dissector=flow":                  {"dissector: flow is for UDP, and this is TCP"},
 		"udp://0.0.0.0:1?name=" + strings.Repeat("a", 33): {"is longer than 32 bytes"},
 	} {

@@ -507,7 +507,7 @@ func (t *table) program(name string, dst *Program) {
 	if !ok || len(words) == 0 {
 		return
 	}
-	insns, err := ParseProgram([]byte(strings.Join(words, "\n")))
+	insns, err := parseInstructions(words)
 	if err != nil {
 		t.doc.report(t.key(name), err)
 		return

@@ -241,7 +241,7 @@ func TestRefused(t *testing.T) {
 		{"[drain]\ntimeout = '2s'", "7: drain.timeout: 2s is less than the grace of 5s"},
 		{"[drain]\nmax_instances = 1", "7: drain.max_instances: 1 instances are out of range (write 2 to 32, or 0"},
 		{"[drain]\nmax_instances = 99999999999", "7: drain.max_instances: a number, not a whole number in range"},
-		{"program = 5", "6: listen[0].program: the program says that it has 5 instructions and has 0"},
+		{"program = 5", "6: listen[0].program: \"5\" is not a number of instructions, 0 of which follow"},
 		{"program = ['1 2 3']\ndissector='cbpf'", `6: listen[0].program: instruction 0: "1 2 3" is not four numbers`},
 		{"flow_timeout = '1ms'", "6: listen[0].flow_timeout: 1ms is out of range"},
 		{"dual_stack = true", "6: listen[0].dual_stack: only [::]"},

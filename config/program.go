@@ -16,7 +16,7 @@ const MaxInstructions = 4096
 // Program is the classic BPF program of the cbpf dissector: a file, or the instructions themselves; the zero value is none.
 // The text form is the file's absolute path, or the instructions as iptables writes them: "2,48 0 0 9,6 0 0 1".
 type Program struct {
-	File         string // absolute and clean
+	File         string // absolute and clean; in one of the forms that bpf_asm and tcpdump write
 	Instructions []bpf.RawInstruction
 }
 
@@ -31,7 +31,12 @@ func (p *Program) UnmarshalText(text []byte) error {
 		return nil
 	}
 	if s[0] >= '0' && s[0] <= '9' {
-		insns, err := ParseProgram(text)
+		texts := strings.Split(s, ",")
+		n, err := strconv.Atoi(texts[0])
+		if err != nil || n != len(texts)-1 || n == 0 {
+			return problemf("write their number, then each after a comma: 2,48 0 0 9,6 0 0 1", "%s is not a number of instructions, %d of which follow", quote(texts[0]), len(texts)-1)
+		}
+		insns, err := parseInstructions(texts[1:])
 		if err != nil {
 			return err
 		}
@@ -61,64 +66,23 @@ func (p Program) String() string {
 	return b.String()
 }
 
-// ParseProgram reads classic BPF in the forms that people have it in: tcpdump -ddd (a count, then "code jt jf k", on
-// lines of their own or parted by commas), tcpdump -dd and bpf_asm -c ("{ 0x28, 0, 0, 0x0000000c },"). Text after
-// # or // and C comments are left out. It checks the form and the count; whether the kernel would take the program is
-// for its translator to say.
-func ParseProgram(text []byte) ([]bpf.RawInstruction, error) {
-	const hint = "write the output of tcpdump -ddd, tcpdump -dd or bpf_asm -c"
-	s, err := withoutComments(string(text))
-	if err != nil {
-		return nil, err
+// parseInstructions reads one instruction from each text. Whether the kernel would take the program is for its
+// translator to say, at activation.
+func parseInstructions(texts []string) ([]bpf.RawInstruction, error) {
+	if len(texts) > MaxInstructions {
+		return nil, problemf(fmt.Sprintf("the kernel takes %d at most", MaxInstructions), "the program has %d instructions", len(texts))
 	}
-	braces := strings.Contains(s, "{")
-	var items []string // one per instruction, "code jt jf k"
-	if braces {
-		for part := range strings.SplitSeq(s, "}") {
-			before, inside, ok := strings.Cut(part, "{")
-			if strings.Trim(before, ", \t\r\n") != "" {
-				return nil, problemf(hint, "%s stands outside of the instructions", quote(strings.TrimSpace(before)))
-			}
-			if ok {
-				items = append(items, strings.ReplaceAll(inside, ",", " "))
-			}
-		}
-		if strings.Count(s, "{") != strings.Count(s, "}") {
-			return nil, problemf(hint, "the braces of the program do not match")
-		}
-	} else {
-		for item := range strings.FieldsFuncSeq(s, func(r rune) bool { return r == ',' || r == '\n' || r == '\r' }) {
-			if strings.TrimSpace(item) != "" {
-				items = append(items, item)
-			}
-		}
-	}
-	if len(items) > 0 && !braces {
-		if fields := strings.Fields(items[0]); len(fields) == 1 {
-			n, err := strconv.ParseUint(fields[0], 10, 16)
-			if err != nil {
-				return nil, problemf(hint, "%s is not a number of instructions", quote(fields[0]))
-			}
-			items = items[1:]
-			if int(n) != len(items) {
-				return nil, problemf(hint, "the program says that it has %d instructions and has %d", n, len(items))
-			}
-		}
-	}
-	if len(items) == 0 {
-		return nil, problemf(hint, "the program has no instructions")
-	}
-	if len(items) > MaxInstructions {
-		return nil, problemf(fmt.Sprintf("the kernel takes %d at most", MaxInstructions), "the program has %d instructions", len(items))
-	}
-	insns := make([]bpf.RawInstruction, len(items))
-	for n, item := range items {
-		if insns[n], err = parseInstruction(item); err != nil {
-			return nil, problemf(hint, "instruction %d: %v", n, err)
+	insns := make([]bpf.RawInstruction, len(texts))
+	for n, text := range texts {
+		var err error
+		if insns[n], err = parseInstruction(text); err != nil {
+			return nil, problemf(programHint, "instruction %d: %v", n, err)
 		}
 	}
 	return insns, nil
 }
+
+const programHint = "write instructions as tcpdump -ddd does, without its first line"
 
 // parseInstruction reads four numbers: code, jt, jf, k.
 func parseInstruction(s string) (insn bpf.RawInstruction, err error) {
@@ -134,28 +98,6 @@ func parseInstruction(s string) (insn bpf.RawInstruction, err error) {
 		}
 	}
 	return bpf.RawInstruction{Op: uint16(v[0]), Jt: uint8(v[1]), Jf: uint8(v[2]), K: uint32(v[3])}, nil
-}
-
-// withoutComments puts a space in the place of a C comment and ends lines at # and //.
-func withoutComments(s string) (string, error) {
-	var b strings.Builder
-	for {
-		before, rest, ok := strings.Cut(s, "/*")
-		b.WriteString(before)
-		if !ok {
-			break
-		}
-		if _, s, ok = strings.Cut(rest, "*/"); !ok {
-			return "", problemf("end it with */", "the program has a comment without an end")
-		}
-		b.WriteByte(' ')
-	}
-	lines := strings.Split(b.String(), "\n")
-	for i, line := range lines {
-		line, _, _ = strings.Cut(line, "#")
-		lines[i], _, _ = strings.Cut(line, "//")
-	}
-	return strings.Join(lines, "\n"), nil
 }
 
 // checkPath tells whether a path is absolute, clean, and fit for a line of a unit.

@@ -85,6 +85,14 @@ func TestTextRefused(t *testing.T) {
 		{"1.5MiB", new(Size), "is not a size"},
 		{"16MB", new(Size), "is not a size"},
 		{"9223372036854775807GiB", new(Size), "is too large"},
+		{"2,6 0 0 0", new(Program), `"2" is not a number of instructions, 1 of which follow`},
+		{"0", new(Program), `"0" is not a number of instructions, 0 of which follow`},
+		{"1,6 0 0", new(Program), `instruction 0: "6 0 0" is not four numbers: code, jt, jf, k`},
+		{"2,6 0 0 0,6 256 0 0", new(Program), `instruction 1: "256" is not a number from 0 to 255`},
+		{"1,6 0 0 4294967296", new(Program), `"4294967296" is not a number from 0 to 4294967295`},
+		{"1,65536 0 0 0", new(Program), "is not a number from 0 to 65535"},
+		{"1,6 0 0 -1", new(Program), "is not a number from 0"},
+		{"4097" + strings.Repeat(",6 0 0 0", 4097), new(Program), "the program has 4097 instructions (the kernel takes 4096 at most)"},
 		{"Notify", new(ReadyKind), "is not a choice"},
 		{"quic", new(Dissector), `(use one of "flow", "noop", "cbpf")`},
 		{strings.Repeat("x", 1000), new(Assure), `xxx"... is not a choice`},
@@ -109,60 +117,6 @@ func TestCountOf(t *testing.T) {
 			t.Errorf("%v of %d CPUs: %d, want %d", c.count, c.cpus, n, c.want)
 		}
 	}
-}
-
-func TestParseProgram(t *testing.T) {
-	want := []bpf.RawInstruction{{Op: 0x28, K: 12}, {Op: 0x15, Jt: 0, Jf: 1, K: 0x800}, {Op: 6, K: 0xffffffff}, {Op: 6}}
-	for _, text := range []string{
-		"4\n40 0 0 12\n21 0 1 2048\n6 0 0 4294967295\n6 0 0 0\n",                                               // tcpdump -ddd
-		"4,40 0 0 12,21 0 1 2048,6 0 0 4294967295,6 0 0 0,",                                                    // nfbpf_compile
-		"40 0 0 12\r\n21 0 1 2048\r\n6 0 0 0xffffffff\r\n6 0 0 0",                                              // without a count
-		"{ 0x28, 0, 0, 0x0000000c },\n{ 0x15, 0, 1, 0x800 },\n{ 0x6, 0, 0, 0xffffffff },\n{ 0x6, 0, 0, 0 },\n", // tcpdump -dd, bpf_asm -c
-		"/* ldh\n [12] */ { 0x28, 0, 0, 12 },{ 0x15, 0, 1, 2048 } // jeq\n# ret\n{ 6,0,0,4294967295 },{6, 0, 0, 0}",
-	} {
-		got, err := ParseProgram([]byte(text))
-		if err != nil || !reflect.DeepEqual(got, want) {
-			t.Errorf("%q: %v, %v", text, got, err)
-		}
-	}
-	for text, want := range map[string]string{
-		"":                   "has no instructions",
-		"# nothing":          "has no instructions",
-		"0":                  "has no instructions",
-		"x":                  `"x" is not a number of instructions`,
-		"2\n6 0 0 0":         "says that it has 2 instructions and has 1",
-		"6 0 0":              `instruction 0: "6 0 0" is not four numbers`,
-		"6 0 0 0\n6 256 0 0": `instruction 1: "256" is not a number from 0 to 255`,
-		"6 0 0 4294967296":   `"4294967296" is not a number from 0 to 4294967295`,
-		"65536 0 0 0":        "is not a number from 0 to 65535",
-		"-1 0 0 0":           "is not a number from 0",
-		"{ 6, 0, 0, 0":       "braces of the program do not match",
-		"{ 6, 0, 0, 0 }}":    "braces of the program do not match",
-		"1 { 6, 0, 0, 0 }":   `"1" stands outside of the instructions`,
-		"ld len":             "is not four numbers",
-		"/* { 6, 0, 0, 0 }":  "a comment without an end",
-		strings.Repeat("6 0 0 0\n", MaxInstructions+1): "the program has 4097 instructions (the kernel takes 4096 at most)",
-	} {
-		if got, err := ParseProgram([]byte(text)); err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("%.40q: %v, %v; want %s", text, got, err, want)
-		}
-	}
-}
-
-// FuzzProgram holds that what is read can be written and read again.
-func FuzzProgram(f *testing.F) {
-	f.Add("4\n40 0 0 12\n21 0 1 2048\n6 0 0 4294967295\n6 0 0 0\n")
-	f.Add("/* a */ { 0x6, 0, 0, 0x1 }, // b\n")
-	f.Fuzz(func(t *testing.T, text string) {
-		insns, err := ParseProgram([]byte(text))
-		if err != nil {
-			return
-		}
-		again, err := ParseProgram([]byte(Program{Instructions: insns}.String()))
-		if err != nil || !reflect.DeepEqual(insns, again) {
-			t.Fatalf("%q: %v, then %v, %v", text, insns, again, err)
-		}
-	})
 }
 
 func ptr[T any](v T) *T { return &v }
