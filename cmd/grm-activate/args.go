@@ -9,7 +9,10 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/net/bpf"
+
 	"grm/activate"
+	"grm/bpfprog/cbpf"
 	"grm/config"
 )
 
@@ -255,11 +258,14 @@ func readPrograms(ls []config.Listener) error {
 		if err != nil {
 			return fmt.Errorf("program of %s: %w", ls[i].Address, err)
 		}
-		insns, err := config.ParseProgram(text)
+		program, err := cbpf.Parse(text)
 		if err != nil {
 			return fmt.Errorf("program of %s: %s: %w", ls[i].Address, p.File, err)
 		}
-		p.Instructions = insns
+		p.Instructions = nil
+		for _, in := range program {
+			p.Instructions = append(p.Instructions, bpf.RawInstruction{Op: in.Op, Jt: in.JT, Jf: in.JF, K: in.K})
+		}
 	}
 	return nil
 }
