@@ -247,8 +247,15 @@ func (m *Map) Flip(bank int) int {
 // new flows from now on, and the newest older generation takes those. Doing so
 // to the working bank is a flip back.
 func (m *Map) Withdraw(bank int) {
-	m.reorder(func(banks []int) []int { return without(banks, bank) })
+	m.StepBack(bank)
 	m.setAlive(bank, false)
+}
+
+// StepBack takes bank out of the order and leaves it alive: it keeps its flows,
+// and the newest older generation takes the new ones. Doing so to the working
+// bank is a flip back from a server that still answers.
+func (m *Map) StepBack(bank int) {
+	m.reorder(func(banks []int) []int { return without(banks, bank) })
 }
 
 // SetOrder replaces the order as a whole; the alive bits stay.

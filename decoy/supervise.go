@@ -1,0 +1,535 @@
+package decoy
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strconv"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"grm/control"
+	"grm/internal/notify"
+	"grm/internal/state"
+)
+
+const (
+	// look is how often a decoy looks at the control map, which is also how
+	// often its status line may change.
+	look = time.Second
+	// barrier bounds the wait for systemd before the end.
+	barrier = 2 * time.Second
+)
+
+type speech int
+
+const (
+	attempting speech = iota // starting, in the package's comment
+	speaking
+	stoppingAll
+	left // over: exit
+)
+
+// failure is what came of an instance that is not there any more.
+type failure struct {
+	generation uint64
+	reason     string
+	at         time.Time
+}
+
+// decoy is the unit's main process.
+type decoy struct {
+	o    Options
+	env  environ
+	pid  int
+	loop loop
+	conn *notify.Conn
+
+	ctl        *control.Map // nil: a server without grm's sockets
+	in         inherited
+	stored     map[uint64][]string // names in the fd store, by generation
+	bank       int                 // of the instance that this decoy speaks for
+	generation uint64
+	keeper     process // of that instance; its server if it has none
+	child      bool    // it was started by this decoy
+	link       *link
+	flows      []int
+
+	phase    speech
+	aborting bool // SIGTERM came before the server was ready
+	waiting  []process
+	status   int
+	failed   failure
+	says     string // the server's own status
+	shown    string // the last STATUS=
+	nextLook timer
+}
+
+func runDecoy(o Options, st stage) (int, error) {
+	d := &decoy{o: o, env: environ(os.Environ()).without(stageVar), pid: os.Getpid(), link: openLink(-1), bank: -1}
+	if err := d.begin(st); err != nil {
+		return ExitFailure, err
+	}
+	for d.phase != left {
+		if err := d.loop.wait(d.patience()); err != nil {
+			return ExitFailure, err
+		}
+		d.step(control.Now())
+	}
+	return d.status, nil
+}
+
+// begin does what ExecStartPre= decided.
+func (d *decoy) begin(st stage) error {
+	var err error
+	if d.conn, err = notify.Open(); err != nil {
+		return err
+	}
+	fds, err := listenFDs(d.env, d.pid)
+	if err != nil {
+		return err
+	}
+	d.in = sortOut(fds)
+	closeAll(d.in.strange)
+	if err := d.loop.signals(d.signal); err != nil {
+		return err
+	}
+	if d.in.control < 0 {
+		if len(d.o.Listen) > 0 || len(d.in.sockets) > 0 {
+			return fmt.Errorf("no control map %s among the %d descriptors from systemd (does the unit have ExecStartPre=+…/grm-activate, FileDescriptorStoreMax= and NotifyAccess=all?)",
+				nameControl, len(fds))
+		}
+		return d.startKeeper(st, control.Start)
+	}
+	if d.ctl, err = control.Open(d.in.control); err != nil {
+		return err
+	}
+	d.ctl.SetRequest(control.NoRequest) // what was told to the decoy before this one
+	for _, fd := range d.in.flows {
+		d.flows = append(d.flows, fd)
+	}
+	d.stored = map[uint64][]string{}
+	for generation, sockets := range d.in.sockets {
+		for _, s := range sockets {
+			d.stored[generation] = append(d.stored[generation], s.name)
+		}
+	}
+	for generation := range d.in.keepers {
+		d.stored[generation] = append(d.stored[generation], keeperName(generation))
+	}
+	plan := d.ctl.Plan()
+	d.bank, d.generation = plan.Bank, d.ctl.Bank(plan.Bank).Generation
+	switch plan.Verb {
+	case control.Start, control.Again:
+		if d.generation == 0 {
+			return fmt.Errorf("plan %v: bank %d has no generation (did ExecStartPre=+…/grm-activate run to its end?)", plan.Verb, plan.Bank)
+		}
+		return d.startKeeper(st, plan.Verb)
+	case control.StandIn:
+		return d.standIn()
+	}
+	return errors.New("the control map has no plan for this start (does the unit have ExecStartPre=+…/grm-activate for this service?)")
+}
+
+func keeperName(generation uint64) string { return nameKeeper + strconv.FormatUint(generation, 10) }
+
+// startKeeper starts an instance: its keeper gets everything that is for the
+// server, and the link.
+func (d *decoy) startKeeper(st stage, verb control.Verb) error {
+	decoys, keepers, err := newLink()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(keepers)
+	d.link = openLink(decoys)
+	files, names := []int{0, 1, 2, keepers}, []string{nameLink}
+	give := func(fd int, name string) { files, names = append(files, fd), append(names, name) }
+	env := d.env
+	var sockets []socket
+	if d.ctl != nil {
+		if sockets, err = d.in.instance(d.generation, d.o.Listen); err != nil {
+			return fmt.Errorf("gen %d: %w", d.generation, err)
+		}
+		give(d.in.control, nameControl)
+		for listener, fd := range d.in.flows {
+			give(fd, nameFlows+listener)
+		}
+		for _, s := range sockets {
+			give(s.fd, s.name)
+		}
+		env = env.set(bankVar, strconv.Itoa(d.bank)).set(verbVar, verb.String())
+		// The next decoy finds its way to the keeper by this.
+		if err := d.conn.Store(keeperName(d.generation), decoys); err != nil {
+			return err
+		}
+		d.stored[d.generation] = append(d.stored[d.generation], keeperName(d.generation))
+	}
+	for _, s := range d.in.servers {
+		give(s.fd, s.name)
+	}
+	if _, err := setMask(unix.SIG_BLOCK, urgent); err != nil {
+		return err
+	}
+	d.keeper, err = spawn(keeperComm, env.forKeeper(st, names).blockUrgent(), files, syscall.SysProcAttr{Setsid: true})
+	if _, err2 := setMask(unix.SIG_SETMASK, st.mask); err != nil || err2 != nil {
+		return errors.Join(err, err2)
+	}
+	d.child = true
+	d.dropFDs()
+	d.loop.add(d.keeper.pidfd, d.keeperEnded)
+	d.loop.add(d.link.fd, d.fromKeeper)
+	if d.ctl == nil {
+		d.phase = speaking
+		return nil
+	}
+	d.ctl.SetPids(d.bank, d.keeper.pid, 0)
+	d.show()
+	return nil
+}
+
+// dropFDs closes what is the server's: only its keeper needs it from now on,
+// and a decoy that held a socket would keep it bound.
+func (d *decoy) dropFDs() {
+	for _, sockets := range d.in.sockets {
+		closeAll(sockets)
+	}
+	closeAll(d.in.servers)
+	if d.in.control >= 0 {
+		_ = unix.Close(d.in.control) // the mapping stays
+	}
+	d.in.sockets, d.in.servers, d.in.control = nil, nil, -1
+}
+
+// standIn speaks for an older instance that serves.
+func (d *decoy) standIn() error {
+	d.dropFDs()
+	if err := d.speakFor(d.bank); err != nil {
+		return fmt.Errorf("stand in for gen %d: %w", d.generation, err)
+	}
+	if d.o.Name != "" {
+		s, err := state.Read(state.Root, d.o.Name)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			say("%v", err)
+		}
+		if err == nil && s.Failed != nil && s.Failed.Generation > d.generation {
+			d.failed = failure{s.Failed.Generation, s.Failed.Reason, s.Failed.At}
+		}
+	}
+	d.ready()
+	return nil
+}
+
+// speakFor makes the instance in a bank the one that this decoy speaks for.
+func (d *decoy) speakFor(bank int) error {
+	b := d.ctl.Bank(bank)
+	p, err := openMember(b.Keeper, keeperComm)
+	if err != nil {
+		// Its keeper was killed. The server goes on without.
+		var err2 error
+		if p, err2 = openMember(b.Server, ""); err2 != nil {
+			return fmt.Errorf("neither keeper nor server: %w", errors.Join(err, err2))
+		}
+	}
+	if d.link.fd >= 0 {
+		d.loop.remove(d.link.fd)
+		d.link.close()
+	}
+	if d.child {
+		d.waiting = append(d.waiting, d.keeper) // still a child, to be reaped
+	} else if d.keeper.pid != 0 {
+		d.loop.remove(d.keeper.pidfd)
+		d.keeper.close()
+	}
+	d.keeper, d.child = p, false
+	d.loop.add(p.pidfd, d.keeperEnded)
+	d.bank, d.generation, d.says = bank, b.Generation, ""
+	if fd, found := d.in.keepers[b.Generation]; found {
+		delete(d.in.keepers, b.Generation)
+		d.link = openLink(fd)
+		for { // what was meant for decoys before this one
+			p, ok, err := d.link.receive()
+			if !ok || err != nil {
+				break
+			}
+			p.close()
+		}
+		d.loop.add(fd, d.fromKeeper)
+		d.link.send(msgHello, "")
+	}
+	d.ctl.SetPlan(control.Plan{Verb: control.StandIn, Bank: bank})
+	return nil
+}
+
+// ready tells systemd that the service is there.
+func (d *decoy) ready() {
+	if d.phase != attempting {
+		return
+	}
+	d.phase = speaking
+	if d.aborting {
+		d.leave() // SIGTERM crossed the flip: the server serves, so it stays
+		return
+	}
+	d.shown = d.line(control.Now())
+	d.tell("READY=1\nSTATUS=" + d.shown)
+}
+
+func (d *decoy) tell(text string, fds ...int) {
+	if err := d.conn.Send(text, fds...); err != nil {
+		say("%v", err)
+	}
+}
+
+func (d *decoy) patience() time.Duration {
+	if d.ctl == nil {
+		return time.Minute
+	}
+	return until(control.Now(), look, d.nextLook)
+}
+
+// step looks at the control map once in a while.
+func (d *decoy) step(now time.Duration) {
+	if d.ctl == nil || d.phase == left || !(d.nextLook == 0 || d.nextLook.due(now)) {
+		return
+	}
+	d.nextLook = timer(now + look)
+	b := d.ctl.Bank(d.bank)
+	if d.phase == attempting && b.State == control.Serving && b.ReadyAt != 0 && d.ctl.Working() == d.bank {
+		d.ready() // its message found the link full
+	}
+	if head := d.ctl.Working(); d.phase == speaking && head >= 0 && head != d.bank && d.ctl.Bank(head).State == control.Serving {
+		// An operator's rollback, or a flip back whose message found the link full.
+		d.goBack("rolled back")
+	}
+	d.forget(now)
+	if d.phase != left {
+		d.show()
+	}
+}
+
+// goBack makes the working instance the one that this decoy speaks for, after
+// the one that it spoke for was found wanting.
+func (d *decoy) goBack(reason string) bool {
+	head := d.ctl.Working()
+	if head < 0 || head == d.bank {
+		return false
+	}
+	f := failure{d.generation, reason, time.Now()}
+	if err := d.speakFor(head); err != nil {
+		say("gen %d: %v", d.ctl.Bank(head).Generation, err)
+		return false
+	}
+	d.failed = f
+	d.show()
+	return true
+}
+
+// forget takes out of the fd store what belongs to instances that are gone or
+// that will not be needed again: the older ones once the watch is over, so that
+// nothing stored is left unread.
+func (d *decoy) forget(now time.Duration) {
+	settled := d.phase == speaking && now >= d.ctl.Bank(d.bank).WatchUntil
+	for generation := range d.stored {
+		if generation == d.generation {
+			continue
+		}
+		bank := d.ctl.FindGeneration(generation)
+		if settled || bank < 0 || d.ctl.Bank(bank).State == control.Ended {
+			d.forgetGeneration(generation)
+		}
+	}
+}
+
+func (d *decoy) forgetGeneration(generation uint64) {
+	for _, name := range d.stored[generation] {
+		if err := d.conn.Forget(name); err != nil {
+			say("%v", err)
+		}
+	}
+	delete(d.stored, generation)
+	if fd, found := d.in.keepers[generation]; found {
+		_ = unix.Close(fd) // nobody speaks for it any more
+		delete(d.in.keepers, generation)
+	}
+}
+
+// fromKeeper takes the messages of the keeper.
+func (d *decoy) fromKeeper() error {
+	l := d.link
+	for l.fd >= 0 {
+		p, ok, err := l.receive()
+		if err != nil {
+			d.loop.remove(l.fd)
+			l.close()
+			return nil
+		}
+		if !ok {
+			return nil
+		}
+		d.message(p)
+		p.close()
+	}
+	return nil
+}
+
+func (d *decoy) message(p parcel) {
+	switch p.what {
+	case msgReady:
+		d.ready()
+	case msgNotify:
+		if d.phase <= speaking {
+			d.tell(p.text, p.fds...)
+		}
+	case msgStatus:
+		d.says = p.text
+		if d.ctl == nil {
+			d.show()
+		}
+	case msgFailed:
+		if d.phase == speaking {
+			d.goBack(p.text)
+		}
+	case msgGone:
+		if d.phase == speaking {
+			d.leave()
+		}
+	}
+}
+
+// keeperEnded is the end of the instance that this decoy speaks for, or of one
+// that it spoke for.
+func (d *decoy) keeperEnded() error {
+	if d.child && d.keeper.ended() {
+		if err := d.fromKeeper(); err != nil { // what it said before it ended
+			return err
+		}
+	}
+	reap(func(pid int, ws syscall.WaitStatus) {
+		if d.child && pid == d.keeper.pid {
+			d.status = exitStatus(ws)
+			if ws.Signaled() {
+				say("the keeper of gen %d was killed by %s: its server goes on until the next start takes its place", d.generation, signalName(ws.Signal()))
+			}
+		}
+	})
+	d.waiting = slices.DeleteFunc(d.waiting, func(p process) bool {
+		if p.ended() {
+			d.loop.remove(p.pidfd)
+			p.close()
+			return true
+		}
+		return false
+	})
+	if d.keeper.pid != 0 && d.keeper.ended() {
+		d.loop.remove(d.keeper.pidfd)
+		d.keeper.close()
+		d.instanceEnded()
+	}
+	if d.phase == stoppingAll && d.keeper.pid == 0 && len(d.waiting) == 0 {
+		d.finish()
+	}
+	return nil
+}
+
+// instanceEnded: systemd is to start the service again, unless an older
+// instance works.
+func (d *decoy) instanceEnded() {
+	switch {
+	case d.phase == stoppingAll:
+	case d.phase == speaking && d.ctl != nil && d.goBack("ended"):
+	default:
+		if !d.child {
+			d.status = ExitFailure
+			say("gen %d has ended", d.generation)
+		}
+		if d.ctl != nil && d.phase == attempting {
+			if bank := d.ctl.Bank(d.bank); bank.State == control.Ended {
+				d.forgetGeneration(d.generation) // it never worked, so nothing waits there
+			}
+		}
+		d.finish()
+	}
+}
+
+// finish ends this process once systemd has read all that it said.
+func (d *decoy) finish() {
+	if err := d.conn.Barrier(barrier); err != nil {
+		say("%v", err)
+	}
+	d.phase = left
+}
+
+// leave ends this process and nothing else.
+func (d *decoy) leave() {
+	d.status = 0
+	d.finish()
+}
+
+// signal forwards everything to the server but systemd's SIGTERM.
+func (d *decoy) signal(s unix.Signal) error {
+	if s == unix.SIGTERM && d.ctl != nil {
+		d.terminate()
+		return nil
+	}
+	if d.link.send(msgSignal, strconv.Itoa(int(s))) {
+		return nil
+	}
+	// No keeper to ask. The server's pid is checked before it is believed.
+	if d.ctl != nil {
+		if p, err := openMember(d.ctl.Bank(d.bank).Server, ""); err == nil {
+			p.kill(s)
+			p.close()
+		}
+	}
+	return nil
+}
+
+// terminate is what systemd's SIGTERM means.
+func (d *decoy) terminate() {
+	switch d.phase {
+	case attempting:
+		d.aborting = true
+		if !d.link.send(msgEnd, "") {
+			d.leave() // its keeper ends the server as soon as it sees that
+		}
+	case speaking:
+		if d.ctl.Request() == control.Stop {
+			d.stopAll()
+		} else {
+			d.leave()
+		}
+	}
+}
+
+// stopAll ends every instance of the service.
+func (d *decoy) stopAll() {
+	d.phase = stoppingAll
+	d.ctl.SetClosing(true)
+	d.link.send(msgLook, "")
+	for _, fd := range d.in.keepers {
+		(&link{fd: fd}).send(msgLook, "")
+	}
+	for b := range control.Banks {
+		bank := d.ctl.Bank(b)
+		if b == d.bank || bank.State == control.Free || bank.State == control.Ended {
+			continue
+		}
+		p, err := openMember(bank.Keeper, keeperComm)
+		if err != nil {
+			if p, err = openMember(bank.Server, ""); err != nil {
+				continue // nothing runs there
+			}
+			p.kill(d.o.StopSignal)
+		}
+		d.loop.add(p.pidfd, d.keeperEnded)
+		d.waiting = append(d.waiting, p)
+	}
+	if d.keeper.pid == d.ctl.Bank(d.bank).Server {
+		d.keeper.kill(d.o.StopSignal) // its keeper was killed
+	}
+	d.tell("STATUS=stopping")
+}
