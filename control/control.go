@@ -90,11 +90,13 @@ type bank struct {
 	state      uint32
 	keeper     uint32
 	server     uint32
-	_          uint32
+	name       uint32
 	readyAt    uint64
 	watchUntil uint64
 	drainUntil uint64
-	_          [2]uint64
+	naming     uint32
+	_          uint32
+	_          uint64
 }
 
 type header struct {
@@ -326,6 +328,15 @@ func (m *Map) SetPlan(p Plan) {
 	atomic.StoreUint32(&m.header().plan, uint32(p.Verb)|uint32(p.Bank)<<8)
 }
 
+// Naming says what number the socket options show for a bank's generation.
+type Naming uint32
+
+const (
+	ByGeneration Naming = iota // its lower 32 bits
+	ByServer                   // the server chose one: Bank.Name
+	Parked                     // none yet: the server is to choose one
+)
+
 // Bank is what is known of one bank. Times are on CLOCK_BOOTTIME (see Now);
 // 0 means none. The pids are as the service's pid namespace counts, and only
 // hints: the service's user can write them.
@@ -334,6 +345,8 @@ type Bank struct {
 	State      State
 	Keeper     int
 	Server     int
+	Naming     Naming
+	Name       uint32 // if Naming is ByServer
 	ReadyAt    time.Duration
 	WatchUntil time.Duration
 	DrainUntil time.Duration
@@ -347,6 +360,8 @@ func (m *Map) Bank(b int) Bank {
 		State:      State(atomic.LoadUint32(&w.state)),
 		Keeper:     int(atomic.LoadUint32(&w.keeper)),
 		Server:     int(atomic.LoadUint32(&w.server)),
+		Naming:     Naming(atomic.LoadUint32(&w.naming)),
+		Name:       atomic.LoadUint32(&w.name),
 		ReadyAt:    time.Duration(atomic.LoadUint64(&w.readyAt)),
 		WatchUntil: time.Duration(atomic.LoadUint64(&w.watchUntil)),
 		DrainUntil: time.Duration(atomic.LoadUint64(&w.drainUntil)),
@@ -369,6 +384,8 @@ func (m *Map) Release(b int) {
 	atomic.StoreUint64(&w.generation, 0)
 	atomic.StoreUint32(&w.keeper, 0)
 	atomic.StoreUint32(&w.server, 0)
+	atomic.StoreUint32(&w.naming, uint32(ByGeneration))
+	atomic.StoreUint32(&w.name, 0)
 	atomic.StoreUint64(&w.readyAt, 0)
 	atomic.StoreUint64(&w.watchUntil, 0)
 	atomic.StoreUint64(&w.drainUntil, 0)
@@ -379,6 +396,10 @@ func (m *Map) Release(b int) {
 
 // SetState says what b's generation is up to.
 func (m *Map) SetState(b int, s State) { atomic.StoreUint32(&m.bank(b).state, uint32(s)) }
+
+// Park leaves the choice of b's number to its server, which makes it with
+// UDP_GRM_SOCKET_GEN (a --no-register activation).
+func (m *Map) Park(b int) { atomic.StoreUint32(&m.bank(b).naming, uint32(Parked)) }
 
 // SetPids leaves the pids of b's keeper and server; 0 for none.
 func (m *Map) SetPids(b, keeper, server int) {

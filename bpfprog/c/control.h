@@ -24,16 +24,25 @@ enum grm_bank_state {
 	GRM_ENDED,    /* its server is gone and does not come back */
 };
 
+/* What number the socket options show for a bank's generation. */
+enum grm_naming {
+	GRM_BY_GENERATION, /* its lower 32 bits */
+	GRM_BY_SERVER,     /* the server chose one */
+	GRM_PARKED,        /* none yet: the server is to choose one */
+};
+
 struct grm_bank {
 	__u64 generation;  /* 0: none */
 	__u32 state;       /* enum grm_bank_state */
 	__u32 keeper;      /* pid, as the service's pid namespace counts; advisory */
 	__u32 server;      /* pid; advisory */
-	__u32 reserved;
+	__u32 name;        /* what servers call the generation (UDP_GRM_SOCKET_GEN), if naming is GRM_BY_SERVER */
 	__u64 ready_at;    /* CLOCK_BOOTTIME, ns; 0: not yet */
 	__u64 watch_until; /* CLOCK_BOOTTIME, ns */
 	__u64 drain_until; /* CLOCK_BOOTTIME, ns; 0: not draining */
-	__u64 spare[2];
+	__u32 naming;      /* enum grm_naming */
+	__u32 reserved;
+	__u64 spare;
 };
 
 struct grm_control {

@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: GPL-2.0 OR MIT */
+/* From a bank, or a home, or an app, to a socket that lives. */
+#ifndef GRM_SELECT_H
+#define GRM_SELECT_H
+
+#include "group.h"
+
+#define NEIGHBOURS 4 /* slots tried from one place of a bank; then as many from a second place */
+
+/* The chosen socket of a packet. */
+struct choice {
+	struct grm_control *control; /* of its app */
+	__u32 home;
+	__u32 tries;                 /* dead slots that were asked before */
+	__u32 skipped;               /* newer banks without a live socket */
+};
+
+static __always_inline struct grm_control *app_control(__u32 app, bool apps)
+{
+	return apps ? control_of_app(app) : the_control();
+}
+
+/* Selects a socket of a bank with n of them, by the packet's hash. False if none was found alive. */
+static __always_inline bool select_bank(struct sk_reuseport_md *md, __u32 app, __u32 bank, __u64 word,
+					struct choice *c)
+{
+	__u32 n = GRM_WORD_SOCKETS(word), at = (__u64)md->hash * n >> 32;
+
+	for (__u32 i = 0; i < 2 * NEIGHBOURS; i++) {
+		__u32 index;
+
+		if (i >= n)
+			break;
+		if (i == NEIGHBOURS)
+			at = (__u64)(md->hash * 0x9e3779b1u) * n >> 32;
+		c->home = GRM_HOME(app, bank, at & (GRM_SLOTS - 1), GRM_WORD_TAG(word));
+		index = GRM_HOME_INDEX(c->home);
+		if (bpf_sk_select_reuseport(md, &slots, &index, 0) == 0) {
+			c->tries = i;
+			return true;
+		}
+		if (++at >= n)
+			at = 0;
+	}
+	return false;
+}
+
+/* A place that a flow or a cookie names. False if nothing of its bank lives. */
+static __always_inline bool select_home(struct sk_reuseport_md *md, __u32 home, struct grm_control *control,
+					__u64 word, struct choice *c)
+{
+	__u32 index = GRM_HOME_INDEX(home);
+
+	c->control = control;
+	c->home = home;
+	c->tries = 0;
+	if (likely(bpf_sk_select_reuseport(md, &slots, &index, 0) == 0))
+		return true;
+	count(GRM_DEAD_SLOT);
+	if (!select_bank(md, GRM_HOME_APP(home), GRM_HOME_BANK(home), word, c))
+		return false;
+	c->tries++;
+	return true;
+}
+
+/* Does the bank that home names still belong to that generation, and serve its flows? */
+static __always_inline bool home_lives(struct grm_meta *m, struct grm_control *control, __u32 home, __u64 *word)
+{
+	__u32 bank = GRM_HOME_BANK(home);
+
+	*word = READ_ONCE(m->bank[GRM_HOME_APP(home)][bank].word);
+	return GRM_WORD_SOCKETS(*word) > GRM_HOME_SLOT(home) && GRM_WORD_TAG(*word) == GRM_HOME_TAG(home) &&
+	       READ_ONCE(control->alive) >> bank & 1;
+}
+
+/* The app that a new flow is for, and its control map: app 0 if its own service is gone, or has never served. */
+static __always_inline struct grm_control *resolve_app(__u32 *app, bool apps)
+{
+	struct grm_control *c = app_control(*app, apps);
+
+	if (!apps || !*app || (c && READ_ONCE(c->order) & 15))
+		return c;
+	count(GRM_APP_GONE);
+	*app = 0;
+	return app_control(0, apps);
+}
+
+/*
+ * A new flow: the working bank, else the next newest of the order that has a
+ * live socket. Without one the packet is dropped: if a program selects nothing,
+ * the kernel hashes over all sockets of the group, whoever owns them.
+ */
+static __always_inline bool select_new(struct sk_reuseport_md *md, struct grm_meta *m, __u32 app,
+				       struct grm_control *control, struct choice *c)
+{
+	__u64 order;
+
+	if (!control) {
+		count(GRM_DROPPED_NO_SOCKET);
+		return false;
+	}
+	if (unlikely(READ_ONCE(control->closing))) {
+		count(GRM_DROPPED_CLOSING);
+		return false;
+	}
+	c->control = control;
+	order = READ_ONCE(control->order);
+	for (__u32 i = 0; i < GRM_FALLBACK; i++) {
+		__u32 bank = order >> (4 + 5 * i) & (GRM_BANKS - 1);
+
+		if (i >= (order & 15))
+			break;
+		if (!select_bank(md, app, bank, READ_ONCE(m->bank[app & (GRM_APPS - 1)][bank].word), c))
+			continue;
+		c->skipped = i;
+		return true;
+	}
+	count(GRM_DROPPED_NO_SOCKET);
+	return false;
+}
+
+/* Counts a packet for the bank that gets it. */
+static __always_inline struct grm_stats *count_packet(const struct choice *c, __u32 now)
+{
+	struct grm_stats *s = stats_of(c->control, GRM_HOME_BANK(c->home));
+
+	s->packets++;
+	if (unlikely(c->tries))
+		s->other_slot++;
+	s->last_packet = now;
+	return s;
+}
+
+static __always_inline void count_new(const struct choice *c, __u32 now)
+{
+	struct grm_stats *s = count_packet(c, now);
+
+	s->new_flows++;
+	if (unlikely(c->skipped))
+		s->fell_back++;
+}
+
+#endif

@@ -1,0 +1,173 @@
+package bpfprog
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	bpffs = "/sys/fs/bpf"
+
+	// Root is where everything is pinned, by network namespace.
+	Root = bpffs + "/grm"
+
+	// MinimumKernel is the oldest kernel that has everything the programs need.
+	MinimumKernel = "6.1"
+
+	building = "new-" // prefix of what is not published yet
+)
+
+// ErrLayout says that the maps were pinned by a version of grm whose layout is
+// another one. They go on working; only that version can change them.
+var ErrLayout = errors.New("pinned by a grm of another layout (stop the service, then start it again)")
+
+// Mount makes sure that there is a bpffs at /sys/fs/bpf, and that the kernel
+// is not too old.
+func Mount() error {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return fmt.Errorf("uname: %w", err)
+	}
+	var major, minor int
+	release := unix.ByteSliceToString(u.Release[:])
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err == nil && (major < 6 || major == 6 && minor < 1) {
+		return fmt.Errorf("kernel %s: too old (grm needs Linux %s or newer)", release, MinimumKernel)
+	}
+	if isBPFFS() {
+		return nil
+	}
+	if err := unix.Mount("bpf", bpffs, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
+		return fmt.Errorf("mount bpffs at %s: %w (CAP_SYS_ADMIN is needed, or an administrator's mount -t bpf bpf %s)", bpffs, err, bpffs)
+	}
+	return nil
+}
+
+func isBPFFS() bool {
+	var st unix.Statfs_t
+	return unix.Statfs(bpffs, &st) == nil && st.Type == unix.BPF_FS_MAGIC
+}
+
+// Dir is where the groups and services of the caller's network namespace are
+// pinned. It need not exist.
+func Dir() (string, error) {
+	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return "", fmt.Errorf("network namespace: socket: %w", err)
+	}
+	defer func() { _ = unix.Close(s) }() // nothing was written
+	cookie, err := unix.GetsockoptUint64(s, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err != nil {
+		return "", fmt.Errorf("network namespace: getsockopt SO_NETNS_COOKIE: %w", err)
+	}
+	return filepath.Join(Root, fmt.Sprint(cookie)), nil
+}
+
+// entries lists a directory's names but those that are being built. A missing
+// directory has none.
+func entries(dir string) ([]string, error) {
+	list, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, e := range list {
+		if !strings.HasPrefix(e.Name(), building) {
+			names = append(names, e.Name())
+		}
+	}
+	return names, nil
+}
+
+// lock keeps others out of what is pinned below dir until unlock is called.
+func lock(dir string) (unlock func(), err error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(d.Fd()), unix.LOCK_EX); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), d.Close())
+	}
+	return func() { _ = d.Close() }, nil // closing a directory releases the lock, and has nothing to lose
+}
+
+// publish pins everything that pin puts into a new directory, and gives it its
+// name in one step. Nothing is left if anything fails. The caller has the lock
+// of the parent.
+func publish(parent, name string, pin func(dir string) error) error {
+	dir := filepath.Join(parent, building+name)
+	if err := os.RemoveAll(dir); err != nil { // of one that was killed while it built
+		return err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	err := pin(dir)
+	if err == nil {
+		err = beforePublish(name)
+	}
+	if err == nil {
+		err = unix.Renameat2(unix.AT_FDCWD, dir, unix.AT_FDCWD, filepath.Join(parent, name), unix.RENAME_NOREPLACE)
+	}
+	if err != nil {
+		return errors.Join(err, os.RemoveAll(dir))
+	}
+	return nil
+}
+
+// beforePublish lets a test fail the last step.
+var beforePublish = func(name string) error { return nil }
+
+// ensureProgram opens the program of that build pinned in dir as prefix-build,
+// or loads it, pins it, and only then unpins those of other builds.
+func ensureProgram(dir, prefix, build string, load func() (*ebpf.Program, error)) (p *ebpf.Program, loaded bool, err error) {
+	path := filepath.Join(dir, prefix+"-"+build)
+	p, err = ebpf.LoadPinnedProgram(path, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		if p, err = load(); err != nil {
+			return nil, false, explain(err)
+		}
+		loaded = true
+		err = p.Pin(path)
+	}
+	if err == nil {
+		err = unpinOthers(dir, prefix, build)
+	}
+	if err != nil {
+		if p != nil {
+			err = errors.Join(err, p.Close())
+		}
+		return nil, false, err
+	}
+	return p, loaded, nil
+}
+
+func unpinOthers(dir, prefix, build string) error {
+	names, err := entries(dir)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if rest, ok := strings.CutPrefix(name, prefix+"-"); ok && rest != build && len(rest) == len(build) {
+			err = errors.Join(err, os.Remove(filepath.Join(dir, name)))
+		}
+	}
+	return err
+}
+
+// explain adds the verifier's log to an error, if there is one.
+func explain(err error) error {
+	if v, ok := errors.AsType[*ebpf.VerifierError](err); ok {
+		return fmt.Errorf("%w; the verifier says:\n%+v", err, v)
+	}
+	return err
+}
