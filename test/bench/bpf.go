@@ -219,9 +219,8 @@ func pins(root string) (map[string]bool, error) {
 	return found, err
 }
 
-// pinned opens the object at a path; the descriptor stays open for as long as
-// the benchmark runs.
-func pinned(path string) (object, error) {
+// openPin opens the object at a path.
+func openPin(path string) (int, error) {
 	var keep runtime.Pinner
 	defer keep.Unpin()
 	name := append([]byte(path), 0)
@@ -229,48 +228,72 @@ func pinned(path string) (object, error) {
 	binary.NativeEndian.PutUint64(attr, pointer(&keep, name))
 	fd, err := bpf(unix.BPF_OBJ_GET, attr)
 	if err != nil {
-		return "", fmt.Errorf("bpf: open pin %s: %w", path, err)
+		return -1, fmt.Errorf("bpf: open pin %s: %w", path, err)
 	}
-	return ownObject(fd), nil
+	return fd, nil
 }
 
-// programOf is the program behind a link.
-func programOf(id uint64) (object, error) {
+// openProgram opens the program with the number.
+func openProgram(id uint64) (int, error) {
 	attr := make([]byte, 12)
 	binary.NativeEndian.PutUint32(attr, uint32(id))
 	fd, err := bpf(unix.BPF_PROG_GET_FD_BY_ID, attr)
 	if err != nil {
-		return "", fmt.Errorf("bpf: open program %d: %w", id, err)
+		return -1, fmt.Errorf("bpf: open program %d: %w", id, err)
 	}
-	return ownObject(fd), nil
+	return fd, nil
 }
 
 // system is what one system under test has loaded into the kernel.
 type system struct {
 	rx, tx []object // steering programs, sendmsg hooks for IPv4
 	memory uint64   // bytes that the kernel accounts to its maps and programs
+	open   []int    // descriptors of ours, without which objects cannot be read
 }
 
-// add sorts objects into s. Links stand for their programs.
-func (s *system) add(objects []object) error {
-	for _, o := range objects {
-		fields, err := o.fields()
+// addPins adds what is pinned at the paths.
+func (s *system) addPins(paths []string) error {
+	for _, path := range paths {
+		fd, err := openPin(path)
 		if err != nil {
 			return err
 		}
-		s.memory += fields["memlock"]
-		kind, isProgram := fields["prog_type"]
-		attach, isLink := fields["attach_type"]
-		switch {
-		case isLink && attach == unix.BPF_CGROUP_UDP4_SENDMSG:
-			program, err := programOf(fields["prog_id"])
-			if err != nil {
-				return err
-			}
-			s.tx = append(s.tx, program)
-		case isProgram && kind == unix.BPF_PROG_TYPE_SK_REUSEPORT:
-			s.rx = append(s.rx, o)
+		s.open = append(s.open, fd)
+		if err := s.add(ownObject(fd)); err != nil {
+			return err
 		}
 	}
 	return nil
 }
+
+// add sorts an object into s. A link stands for its program.
+func (s *system) add(o object) error {
+	fields, err := o.fields()
+	if err != nil {
+		return err
+	}
+	s.memory += fields["memlock"]
+	kind, isProgram := fields["prog_type"]
+	attach, isLink := fields["attach_type"]
+	switch {
+	case isLink:
+		fd, err := openProgram(fields["prog_id"])
+		if err != nil {
+			return err
+		}
+		s.open = append(s.open, fd)
+		o = ownObject(fd)
+		if fields, err = o.fields(); err != nil {
+			return err
+		}
+		s.memory += fields["memlock"]
+		if attach == unix.BPF_CGROUP_UDP4_SENDMSG {
+			s.tx = append(s.tx, o)
+		}
+	case isProgram && kind == unix.BPF_PROG_TYPE_SK_REUSEPORT:
+		s.rx = append(s.rx, o)
+	}
+	return nil
+}
+
+func (s *system) close() error { return closeAll(s.open) }

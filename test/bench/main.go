@@ -90,13 +90,14 @@ var sections = []section{
 	{"generations", (*bench).generationCurve},
 	{"flows", (*bench).flowCurve},
 	{"groups", (*bench).groupCurve},
+	{"services", (*bench).services},
 }
 
 func inside(ctx context.Context, args []string) (err error) {
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	plots := flags.String("plots", "", "write the curves as SVG into `DIR`")
 	short := flags.Bool("short", false, "fewer rounds and smaller tables: does it run at all?")
-	only := flags.String("run", ".", "only the sections that match `REGEXP`: programs echo memory sockets generations flows groups")
+	only := flags.String("run", ".", "only the sections that match `REGEXP`: programs echo memory sockets generations flows groups services")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			return nil

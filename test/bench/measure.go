@@ -72,10 +72,16 @@ func net(probe, base []sample) sample {
 
 func gross(probe []sample) sample { return net(probe, make([]sample, len(probe))) }
 
-func median(values []float64) float64 {
+func median(values []float64) float64 { return quantile(values, 0.5) }
+
+// quantile is the least value for 0, the largest for 1; between two values it
+// interpolates.
+func quantile(values []float64, q float64) float64 {
 	v := slices.Sorted(slices.Values(values))
-	if n := len(v); n%2 == 0 {
-		return (v[n/2-1] + v[n/2]) / 2
+	at := q * float64(len(v)-1)
+	below := int(at)
+	if below == len(v)-1 {
+		return v[below]
 	}
-	return v[len(v)/2]
+	return v[below] + (at-float64(below))*(v[below+1]-v[below])
 }

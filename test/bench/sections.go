@@ -108,7 +108,7 @@ func (b *bench) programs() (err error) {
 				at("noop: its sendmsg hook", false, 0)
 			case flow:
 				known := b.newClients(hotFlows)
-				if err := b.establish(t.port, known, t.sockets); err != nil {
+				if err := b.establish(t, known); err != nil {
 					return fmt.Errorf("%s: %w", name, err)
 				}
 				add(b.talk(name+", known", t, hot(known), nil, true))
@@ -250,13 +250,13 @@ func (b *bench) memory() (err error) {
 	defer g.empty(&err)
 	b.title("Kernel memory of one group and its service, KiB")
 	b.row("", "KiB")
-	for _, o := range []options{{noop, 0, true}, {cbpf2, 0, true}, {flow, 4096, true}, {flow, flows, true}, {flow, 1 << 20, true}} {
+	for _, o := range []options{{noop, 0, true}, {cbpf2, flows, true}, {flow, 4096, true}, {flow, flows, true}, {flow, 1 << 20, true}} {
 		t, err := g.put(grm{&b.room}.target(o))
 		if err != nil {
 			return err
 		}
 		name := "grm " + o.kind.String()
-		if o.kind == flow {
+		if o.kind != noop {
 			name += fmt.Sprintf(", %d flows", o.flows)
 		}
 		b.row(name, float64(t.memory)/1024)
@@ -402,7 +402,7 @@ func (b *bench) socketCurve() (err error) {
 				}
 				clients := b.newClients(hotFlows)
 				if k == flow {
-					if err := b.establish(t.port, clients, t.sockets); err != nil {
+					if err := b.establish(t, clients); err != nil {
 						return fmt.Errorf("%s with %d sockets: %w", label, n, err)
 					}
 				}
@@ -437,7 +437,7 @@ func (b *bench) generationCurve() (err error) {
 					return fmt.Errorf("%s: generation %d of %d: %w", name, i+1, n, err)
 				}
 				share := clients[i*len(clients)/n : (i+1)*len(clients)/n]
-				if err := b.establish(t.port, share, t.sockets); err != nil {
+				if err := b.establish(t, share); err != nil {
 					return fmt.Errorf("%s: generation %d of %d: %w", name, i+1, n, err)
 				}
 			}
@@ -471,7 +471,7 @@ func (b *bench) flowCurve() (err error) {
 		if err != nil {
 			return err
 		}
-		if err := b.establish(t.port, clients, t.sockets); err != nil {
+		if err := b.establish(t, clients); err != nil {
 			return fmt.Errorf("%d flows: %w", n, err)
 		}
 		c.points = append(c.points,
@@ -499,7 +499,7 @@ func (b *bench) flowCurve() (err error) {
 			if err != nil {
 				return err
 			}
-			if err := b.establish(t.port, clients, t.sockets); err != nil {
+			if err := b.establish(t, clients); err != nil {
 				return fmt.Errorf("udpgrm, %d flows: %w", n, err)
 			}
 			c.points = append(c.points, curvePoint{"udpgrm known", n, b.talk("udpgrm", t, known, nil, true)})

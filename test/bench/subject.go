@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"grm/bpfprog"
+	"grm/bpfprog/cbpf"
 	"grm/control"
 )
 
@@ -32,7 +33,7 @@ const (
 
 func (k kind) String() string { return [...]string{"noop", "flow", "cbpf 2", "cbpf 20"}[k] }
 
-func (k kind) program() []opcode {
+func (k kind) program() cbpf.Program {
 	switch k {
 	case cbpf2:
 		return cookie2
@@ -52,6 +53,8 @@ type target struct {
 	system
 	// advance binds n sockets as the next generation and makes it the working one.
 	advance func(n int) error
+	// assured counts the flows that are known for certain; nil where that cannot be asked.
+	assured func() (int, error)
 	close   func() error
 }
 
@@ -192,7 +195,7 @@ func (g grm) target(o options) (*target, error) {
 		return nil, errors.Join(err, group.Remove())
 	}
 	t.close = func() error {
-		return errors.Join(closeAll(t.sockets), group.Remove(), service.Remove(), group.Close(), service.Close(), cgroup.Close())
+		return errors.Join(closeAll(t.sockets), t.system.close(), group.Remove(), service.Remove(), group.Close(), service.Close(), cgroup.Close())
 	}
 	err = group.Join(0, service)
 	if err == nil && o.hooks {
@@ -205,19 +208,23 @@ func (g grm) target(o options) (*target, error) {
 	if err != nil {
 		return nil, errors.Join(err, t.close())
 	}
-	var made []object
+	var made []string
 	for path := range after {
-		if before[path] {
-			continue
+		if !before[path] {
+			made = append(made, path)
 		}
-		o, err := pinned(path)
-		if err != nil {
-			return nil, errors.Join(err, t.close())
-		}
-		made = append(made, o)
 	}
-	if err := t.add(made); err != nil {
+	if err := t.addPins(made); err != nil {
 		return nil, errors.Join(err, t.close())
+	}
+	t.assured = func() (n int, err error) {
+		err = group.Flows(func(e bpfprog.FlowEntry) bool {
+			if e.Assured {
+				n++
+			}
+			return true
+		})
+		return n, err
 	}
 	generation := 0
 	t.advance = func(n int) error {
@@ -287,30 +294,21 @@ func startUdpgrm(ctx context.Context, r *room, dir string) (*udpgrm, error) {
 	if err != nil {
 		return nil, err
 	}
-	var objects []object
 	for _, path := range own {
-		objects = append(objects, object(path))
+		if err := u.add(object(path)); err != nil {
+			return nil, err
+		}
 	}
-	links, err := pins("/sys/fs/bpf/udpgrm")
+	memory := u.memory
+	// Its links are only pinned; their programs are counted already.
+	links, err := filepath.Glob("/sys/fs/bpf/udpgrm/*_udp4_sendmsg")
 	if err != nil {
 		return nil, err
 	}
-	if err := u.add(objects); err != nil {
+	if err := u.addPins(links); err != nil {
 		return nil, err
 	}
-	for path := range links {
-		o, err := pinned(path)
-		if err != nil {
-			return nil, err
-		}
-		// Programs and maps were counted already.
-		if fields, err := o.fields(); err != nil || fields["link_id"] == 0 {
-			continue
-		}
-		if err := u.add([]object{o}); err != nil {
-			return nil, err
-		}
-	}
+	u.memory = memory
 	if len(u.rx) != 1 || len(u.tx) != 1 {
 		return nil, fmt.Errorf("udpgrm: found %d steering programs and %d sendmsg hooks, want one each", len(u.rx), len(u.tx))
 	}
@@ -333,7 +331,7 @@ func (u *udpgrm) installed() bool {
 
 func (u *udpgrm) target(o options) (*target, error) {
 	t := &target{port: u.nextPort(), system: u.system}
-	t.close = func() error { return closeAll(t.sockets) }
+	t.close = func() error { return closeAll(t.sockets) } // what it has loaded stays: it serves all targets
 	generation := 0
 	t.advance = func(n int) error {
 		for range n {
@@ -376,9 +374,9 @@ func udpgrmDissector(k kind) string {
 	b = append(b, make([]byte, 8+100)...)
 	b = binary.NativeEndian.AppendUint32(b, uint32(len(k.program())))
 	for _, op := range k.program() {
-		b = binary.NativeEndian.AppendUint16(b, op.code)
-		b = append(b, op.jt, op.jf)
-		b = binary.NativeEndian.AppendUint32(b, op.k)
+		b = binary.NativeEndian.AppendUint16(b, op.Op)
+		b = append(b, op.JT, op.JF)
+		b = binary.NativeEndian.AppendUint32(b, op.K)
 	}
 	return string(append(b, make([]byte, 632-len(b))...))
 }
@@ -409,14 +407,15 @@ func (t *target) cookies() ([]uint16, error) {
 }
 
 func dissector(o options) bpfprog.Dissector {
-	d := bpfprog.Dissector{Timeout: 124 * time.Second}
+	d := bpfprog.Dissector{Kind: bpfprog.Noop}
 	switch o.kind {
-	case noop:
-		d.Kind = bpfprog.Noop
 	case flow:
-		d.Kind, d.Flows = bpfprog.Flow, uint32(o.flows)
-	default:
-		d.Kind = bpfprog.CBPF
+		d.Kind = bpfprog.Flow
+	case cbpf2, cbpf20:
+		d.Kind, d.Program = bpfprog.CBPF, o.program()
+	}
+	if d.Kind != bpfprog.Noop {
+		d.Timeout, d.Flows = 124*time.Second, uint32(o.flows)
 	}
 	return d
 }

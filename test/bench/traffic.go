@@ -90,16 +90,6 @@ func (m *messages) receive(fd, flags int) (int, error) {
 	}
 }
 
-func (m *messages) source(i int) (client, bool) {
-	ip := binary.BigEndian.Uint32(m.name[i].Addr[:])
-	raw := (*[2]byte)(unsafe.Pointer(&m.name[i].Port))
-	port := binary.BigEndian.Uint16(raw[:])
-	if ip < clientNet || ip >= clientNet+1<<22 || port < clientPort || port >= clientPort+sinkPorts {
-		return 0, false
-	}
-	return client(ip-clientNet) | client(port-clientPort)<<22, true
-}
-
 // traffic plays all clients: it sends from any of their addresses through a
 // raw socket, and swallows what is sent to them.
 type traffic struct {
@@ -193,7 +183,7 @@ func (t *traffic) send(port int, clients []client, cookies []uint16) error {
 
 // receive empties the sockets; it answers what it receives, if it is to, and
 // returns how many datagrams there were.
-func (t *traffic) receive(sockets []int, answer bool, seen func(socket int, c client)) (int, error) {
+func (t *traffic) receive(sockets []int, answer bool) (int, error) {
 	total := 0
 	for _, fd := range sockets {
 		for {
@@ -205,13 +195,6 @@ func (t *traffic) receive(sockets []int, answer bool, seen func(socket int, c cl
 				break
 			}
 			total += n
-			if seen != nil {
-				for i := range n {
-					if c, ok := t.in.source(i); ok {
-						seen(fd, c)
-					}
-				}
-			}
 			if answer {
 				if err := t.in.send(fd, n); err != nil {
 					return total, fmt.Errorf("answer: %w", err)
@@ -226,17 +209,15 @@ func (t *traffic) receive(sockets []int, answer bool, seen func(socket int, c cl
 // answer if they are to.
 func (t *traffic) exchange(port int, clients []client, cookies []uint16, sockets []int, answer bool) error {
 	got := 0
-	for rest := clients; len(rest) > 0; {
-		n := min(batch, len(rest))
-		if err := t.send(port, rest[:n], cookies); err != nil {
+	for rest := clients; len(rest) > 0; rest = rest[min(batch, len(rest)):] {
+		if err := t.send(port, rest[:min(batch, len(rest))], cookies); err != nil {
 			return err
 		}
-		n, err := t.receive(sockets, answer, nil)
+		n, err := t.receive(sockets, answer)
 		if err != nil {
 			return err
 		}
 		got += n
-		rest = rest[min(batch, len(rest)):]
 	}
 	if got != len(clients) {
 		return fmt.Errorf("port %d: %d of %d datagrams arrived", port, got, len(clients))
@@ -244,19 +225,31 @@ func (t *traffic) exchange(port int, clients []client, cookies []uint16, sockets
 	return nil
 }
 
-// establish makes flows that are known for certain: each client sends, is
-// answered, and sends again, and once more.
-func (t *traffic) establish(port int, clients []client, sockets []int) error {
-	for rest := clients; len(rest) > 0; {
-		n := min(batch, len(rest))
-		for range 2 {
-			if err := t.exchange(port, rest[:n], nil, sockets, true); err != nil {
+// establish makes flows of the target that are known for certain: each client
+// sends, is answered, and sends again. It fails if the target knows fewer.
+func (t *traffic) establish(at *target, clients []client) error {
+	before := 0
+	var err error
+	if at.assured != nil {
+		if before, err = at.assured(); err != nil {
+			return err
+		}
+	}
+	for rest := clients; len(rest) > 0; rest = rest[min(batch, len(rest)):] {
+		for range 3 {
+			if err := t.exchange(at.port, rest[:min(batch, len(rest))], nil, at.sockets, true); err != nil {
 				return fmt.Errorf("establish flows: %w", err)
 			}
 		}
-		rest = rest[n:]
 	}
-	return nil
+	if at.assured == nil {
+		return nil
+	}
+	after, err := at.assured()
+	if err == nil && after-before != len(clients) {
+		err = fmt.Errorf("establish flows: %d of %d are assured", after-before, len(clients))
+	}
+	return err
 }
 
 func (t *traffic) close() error {
