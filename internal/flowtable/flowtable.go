@@ -83,6 +83,7 @@ func MarshalHeader(h Header) []byte {
 type Entry struct {
 	Remote          netip.AddrPort
 	App, Bank, Slot int
+	Tag             uint16 // of its bank when the flow came
 	Assured         bool
 	Answered        bool
 	Packets         int           // of the client, counted up to 3
@@ -128,6 +129,7 @@ func Each(fd int, yield func(Entry) bool) error {
 			App:      int(home >> 13 & 15),
 			Bank:     int(home >> 8 & 31),
 			Slot:     int(home & 255),
+			Tag:      uint16(home >> 17),
 			Assured:  last&assured != 0,
 			Answered: info&answered != 0,
 			Packets:  int(info >> 24),
