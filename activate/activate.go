@@ -56,10 +56,8 @@ type Env struct {
 	Log io.Writer // one line per event
 	// Fault is called before each step; an error is the step's. For tests.
 	Fault func(step string) error
-	// Ask answers for systemd. nil: systemd does.
+	// Ask answers for systemd: the unit, and whether the system goes down. nil: systemd does.
 	Ask func(unit string) (systemd.Unit, bool, error)
-	// State is the directory of root's records. "": state.Root.
-	State string
 }
 
 const (
@@ -107,7 +105,7 @@ func (r *run) open(ctx context.Context) (err error) {
 	if r.store, err = notify.Open(); err != nil {
 		return unfit(err)
 	}
-	if r.dir, err = state.Open(r.root()); err != nil {
+	if r.dir, err = state.Open(state.Root); err != nil {
 		return classify(err)
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, lockTimeout, fmt.Errorf("it was not over within %v", lockTimeout))
@@ -116,13 +114,6 @@ func (r *run) open(ctx context.Context) (err error) {
 		return classify(err)
 	}
 	return nil
-}
-
-func (r *run) root() string {
-	if r.env.State != "" {
-		return r.env.State
-	}
-	return state.Root
 }
 
 func (r *run) close() error {
@@ -191,12 +182,15 @@ func (r *run) load() error {
 		return classify(err)
 	}
 	r.st = st
+	if err := checkPins(); err != nil {
+		return err
+	}
 	r.service, err = bpfprog.OpenService(r.Service)
 	if errors.Is(err, fs.ErrNotExist) {
 		r.service = nil
 		return nil
 	}
-	return classify(err)
+	return badPin(err)
 }
 
 // group is the group of a listener, opened once.
@@ -205,8 +199,11 @@ func (r *run) group(l config.Listener) (*bpfprog.Group, error) {
 		return g, nil
 	}
 	g, err := bpfprog.OpenGroup(string(l.Address.Proto), l.Address.AddrPort)
-	if err != nil {
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil, err
+	}
+	if err != nil {
+		return nil, badPin(err)
 	}
 	r.groups[l.Address] = g
 	return g, nil
@@ -283,6 +280,9 @@ func Log(w io.Writer, priority int, service, text string) {
 // names of descriptors in the fd store.
 const controlName = "grm.ctl"
 
+// keeperName is what the decoy stores its link to a generation's keeper as.
+func keeperName(generation uint64) string { return fmt.Sprintf("grm.keeper.%d", generation) }
+
 func flowsName(listener string) string { return "grm.flows." + listener }
 
 func socketName(listener string, generation uint64, index int) string {
@@ -310,6 +310,7 @@ func (r *run) drop(b state.Bank) error {
 		ctl.Release(b.Bank)
 	}
 	ls, err := listeners(b)
+	err = errors.Join(err, r.store.Forget(keeperName(b.Generation)))
 	for i, l := range ls {
 		g, e := r.group(l)
 		if e == nil {
@@ -382,7 +383,7 @@ func inUse(g *bpfprog.Group, app int) (bool, error) {
 		if other == app {
 			continue
 		}
-		full, err := hasSockets(g, other)
+		full, err := hasSockets(g, other, nil)
 		if err != nil || full {
 			return full, err
 		}
@@ -390,8 +391,12 @@ func inUse(g *bpfprog.Group, app int) (bool, error) {
 	return false, nil
 }
 
-func hasSockets(g *bpfprog.Group, app int) (bool, error) {
+// hasSockets says whether an app has sockets in banks other than those that are known.
+func hasSockets(g *bpfprog.Group, app int, known map[int]state.Bank) (bool, error) {
 	for bank := range control.Banks {
+		if _, ok := known[bank]; ok {
+			continue
+		}
 		cookies, err := g.Slots(app, bank)
 		if err != nil {
 			return false, err

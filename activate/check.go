@@ -2,6 +2,7 @@ package activate
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os/user"
 	"strconv"
@@ -9,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"grm/bpfprog"
 	"grm/config"
 	"grm/internal/systemd"
 )
@@ -139,4 +141,29 @@ func (r *run) owner() (uint32, string, error) {
 		return r.unit.UID, name, nil
 	}
 	return 0, "", unfit(fmt.Errorf("user %q: %w (create it, or change User=)", name, err))
+}
+
+// checkPins says whether only root can have put there what is pinned. Each
+// directory is looked at once the ones above it are known to be root's.
+func checkPins() error {
+	dir, err := bpfprog.Dir()
+	if err != nil {
+		return unfit(err)
+	}
+	for _, path := range []string{bpfprog.Root, dir, dir + "/groups", dir + "/services"} {
+		var st unix.Stat_t
+		err := unix.Lstat(path, &st)
+		switch {
+		case errors.Is(err, unix.ENOENT):
+			return nil
+		case err != nil:
+			return fmt.Errorf("pins: %s: %w", path, err)
+		case st.Mode&unix.S_IFMT != unix.S_IFDIR:
+			return withStatus(StatusUnsafe, fmt.Errorf("pins: %s is no directory (see who made it, then remove it)", path))
+		case st.Uid != 0 || st.Mode&0o022 != 0:
+			return withStatus(StatusUnsafe, fmt.Errorf("pins: %s belongs to uid %d with mode %#o: others could have put there what is in it (see who did; then chown root and chmod 0700, or remove it)",
+				path, st.Uid, st.Mode&0o7777))
+		}
+	}
+	return nil
 }

@@ -9,16 +9,17 @@ import (
 
 func TestDecide(t *testing.T) {
 	var (
-		serving = fact{held: true, keeper: true, full: true, alive: true}
-		orphan  = fact{held: true, full: true, alive: true}
-		crashed = fact{full: true, alive: true}
-		fresh   = fact{full: true, alive: true, watched: true} // crashed in its watch
-		lost    = fact{alive: true}                            // its sockets are gone
-		lostNew = fact{alive: true, watched: true}
-		start   = control.Plan{Verb: control.Start, Bank: -1}
-		again   = func(n int) control.Plan { return control.Plan{Verb: control.Again, Bank: n} }
-		standIn = func(n int) control.Plan { return control.Plan{Verb: control.StandIn, Bank: n} }
-		inOrder = func(all ...fact) facts {
+		serving  = fact{held: true, keeper: true, full: true, alive: true, serving: true}
+		draining = fact{held: true, keeper: true, full: true, alive: true}
+		orphan   = fact{held: true, full: true, alive: true}
+		crashed  = fact{full: true, alive: true}
+		fresh    = fact{full: true, alive: true, watched: true} // crashed in its watch
+		lost     = fact{alive: true}                            // its sockets are gone
+		lostNew  = fact{alive: true, watched: true}
+		start    = control.Plan{Verb: control.Start, Bank: -1}
+		again    = func(n int) control.Plan { return control.Plan{Verb: control.Again, Bank: n} }
+		standIn  = func(n int) control.Plan { return control.Plan{Verb: control.StandIn, Bank: n} }
+		inOrder  = func(all ...fact) facts {
 			f := facts{banks: map[int]fact{}}
 			for i, b := range all {
 				n := 7 - i // some numbers
@@ -36,15 +37,17 @@ func TestDecide(t *testing.T) {
 		"nothing":                                  {inOrder(), start, start, nil},
 		"restart":                                  {inOrder(serving), start, standIn(7), nil},
 		"two live":                                 {inOrder(serving, serving), start, standIn(7), nil},
+		"it said that it drains":                   {inOrder(draining), start, start, nil},
 		"its keeper was killed":                    {inOrder(orphan), start, start, nil},
 		"crash":                                    {inOrder(crashed), again(7), again(7), nil},
-		"crash while an older one drains":          {inOrder(crashed, serving), again(7), again(7), ptr(standIn(6))},
+		"crash while an older one drains":          {inOrder(crashed, draining), again(7), again(7), ptr(standIn(6))},
 		"crash while an orphan is there":           {inOrder(crashed, orphan), again(7), again(7), ptr(again(7))},
 		"crash in its watch":                       {inOrder(fresh, serving), start, standIn(6), nil},
+		"crash in its watch while one drains":      {inOrder(fresh, draining), again(7), again(7), ptr(standIn(6))},
 		"crash of both":                            {inOrder(fresh, crashed), again(7), again(7), nil},
 		"crash of the first one in its watch":      {inOrder(fresh), again(7), again(7), nil},
 		"crash, and its sockets are lost":          {inOrder(lost), start, start, nil},
-		"the same while an older one drains":       {inOrder(lost, serving), start, start, nil},
+		"the same while an older one drains":       {inOrder(lost, draining), start, start, ptr(standIn(6))},
 		"lost in its watch":                        {inOrder(lostNew, serving), start, standIn(6), nil},
 		"lost in its watch, the older one crashed": {inOrder(lostNew, crashed), again(6), again(6), nil},
 	} {

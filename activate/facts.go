@@ -27,15 +27,16 @@ type facts struct {
 // fact is what is true of one generation now.
 type fact struct {
 	generation uint64
-	held       bool // a process of the service, other than its keeper, has sockets of it open
+	held       bool // a process of the service, other than a keeper, has sockets of it open
 	keeper     bool // its keeper lives
 	full       bool // all its slots are full: what crashed can come back
 	watched    bool // its watch is not over
 	alive      bool // its flows are its own
+	serving    bool // it is not draining
 }
 
-// serves says whether a decoy can stand in for the generation.
-func (f fact) serves() bool { return f.held && f.keeper && f.alive }
+// lives says whether a decoy can stand in for the generation.
+func (f fact) lives() bool { return f.held && f.keeper && f.alive }
 
 // processes are those of the service, and what sockets they have.
 type processes struct {
@@ -74,12 +75,16 @@ func (r *run) look() (processes, error) {
 	return p, nil
 }
 
-// servers are the processes that have a bank's sockets open, but for its keeper.
-func (p processes) servers(b state.Bank, keeper int) []int {
+// keeperComm is the name that keepers go by. They hold their server's sockets
+// to see what waits in them, and outlive it for a moment.
+const keeperComm = "grm-keeper"
+
+// servers are the processes that have a bank's sockets open, but for keepers.
+func (p processes) servers(b state.Bank) []int {
 	var pids []int
 	for _, inode := range b.Inodes() {
 		for _, pid := range p.holders[inode] {
-			if pid != keeper && !slices.Contains(pids, pid) {
+			if !slices.Contains(pids, pid) && proc.Comm(pid) != keeperComm {
 				pids = append(pids, pid)
 			}
 		}
@@ -102,11 +107,12 @@ func (r *run) gather(p processes) (facts, error) {
 		}
 		f.banks[n] = fact{
 			generation: b.Generation,
-			held:       len(p.servers(b, word.Keeper)) > 0,
-			keeper:     p.pids[word.Keeper],
+			held:       len(p.servers(b)) > 0,
+			keeper:     p.pids[word.Keeper] && proc.Comm(word.Keeper) == keeperComm,
 			full:       full,
 			watched:    word.WatchUntil > control.Now(),
 			alive:      ctl.Alive(n),
+			serving:    word.State == control.Serving,
 		}
 	}
 	for _, n := range ctl.Order().Banks() {
@@ -158,12 +164,13 @@ func decide(f facts) control.Plan {
 	for i, n := range f.order {
 		b := f.banks[n]
 		if b.held {
-			if f.automatic && b.serves() {
+			// After newer ones have failed (i > 0) one that drains already goes on as well as it can.
+			if f.automatic && b.lives() && (b.serving || i > 0) {
 				return control.Plan{Verb: control.StandIn, Bank: n}
 			}
 			break
 		}
-		older := slices.ContainsFunc(f.order[i+1:], func(m int) bool { return f.banks[m].serves() })
+		older := slices.ContainsFunc(f.order[i+1:], func(m int) bool { return f.banks[m].lives() && (f.banks[m].serving || f.again) })
 		failed := b.watched || f.again
 		if b.full && !(failed && older) {
 			return control.Plan{Verb: control.Again, Bank: n}

@@ -8,7 +8,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"grm/config"
-	"grm/internal/proc"
 )
 
 // openSocket makes one socket of a listener, bound and, with TCP, listening.
@@ -114,11 +113,4 @@ func bindHint(err error) string {
 		return " (the port needs CAP_NET_BIND_SERVICE: run it as root, in a unit with ExecStartPre=+)"
 	}
 	return ""
-}
-
-// foreign finds somebody else's socket on a listener's address. That a bind
-// succeeds does not say that there is none: one with the same uid and
-// SO_REUSEPORT lets us in, and our program would take its packets away.
-func (r *run) foreign(l config.Listener, ours map[uint64]bool) (proc.Owner, bool) {
-	return proc.Holder(string(l.Address.Proto), l.Address.AddrPort, func(inode uint64) bool { return ours[inode] })
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"grm/bpfprog"
+	"grm/bpfprog/cbpf"
 	"grm/config"
 )
 
@@ -16,11 +17,15 @@ func spec(l config.Listener) (bpfprog.GroupSpec, error) {
 	if !known || !known2 {
 		return bpfprog.GroupSpec{}, fmt.Errorf("%s: dissector %q, assure %q", l.Address, l.Dissector, l.Assure)
 	}
+	var program cbpf.Program
+	for _, in := range l.Program.Instructions {
+		program = append(program, cbpf.Instruction{Op: in.Op, JT: in.Jt, JF: in.Jf, K: in.K})
+	}
 	return bpfprog.GroupSpec{
 		Network:   string(l.Address.Proto),
 		Address:   l.Address.AddrPort,
 		DualStack: l.DualStack,
 		MaxApps:   l.MaxApps,
-		Dissector: bpfprog.Dissector{Kind: kind, Timeout: l.FlowTimeout.Duration, Flows: uint32(l.Flows), Assure: assure},
+		Dissector: bpfprog.Dissector{Kind: kind, Timeout: l.FlowTimeout.Duration, Flows: uint32(l.Flows), Assure: assure, Program: program},
 	}, nil
 }

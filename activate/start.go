@@ -1,10 +1,12 @@
 package activate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"runtime"
 	"slices"
@@ -18,6 +20,9 @@ import (
 	"grm/internal/proc"
 	"grm/internal/state"
 )
+
+// endTimeout is how long the oldest instance has to end when its bank is needed.
+const endTimeout = 10 * time.Second
 
 // Start is ExecStartPre=, or with a command the whole of a start without an fd
 // store: then it does not return but for an error.
@@ -91,7 +96,7 @@ func (r *run) start(ctx context.Context) error {
 	if err := r.reclaim(f, plan); err != nil {
 		return err
 	}
-	s := start{run: r, facts: f, processes: p, plan: plan, uid: uid, user: name, before: *r.st}
+	s := start{run: r, facts: f, processes: p, plan: plan, uid: uid, user: name}
 	if plan.Verb == control.Start {
 		err = s.fresh(ctx)
 	} else {
@@ -100,7 +105,7 @@ func (r *run) start(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(err, r.undo())
 	}
-	r.after(&s)
+	s.after()
 	if len(r.Command) > 0 {
 		return s.exec()
 	}
@@ -155,13 +160,14 @@ type start struct {
 
 // fresh prepares a new generation.
 func (s *start) fresh(ctx context.Context) error {
-	if err := s.checkConflicts(); err != nil {
+	if err := s.checkUser(); err != nil {
 		return err
 	}
 	if err := s.chooseBank(); err != nil {
 		return err
 	}
 	defer s.closeSockets()
+	s.before = *s.st
 	groups := make([]*bpfprog.Group, len(s.Listeners))
 
 	if err := s.step(ctx, "note what is to come", s.notePending, func() error { return s.restoreState() }); err != nil {
@@ -212,6 +218,9 @@ func (s *start) fresh(ctx context.Context) error {
 	ctl := s.service.Control()
 	ctl.Withdraw(s.bank.Bank)
 	ctl.Assign(s.bank.Bank, s.bank.Generation, control.Prepared)
+	if s.NoRegister {
+		ctl.Park(s.bank.Bank)
+	}
 	s.publish()
 	return nil
 }
@@ -219,6 +228,7 @@ func (s *start) fresh(ctx context.Context) error {
 // same prepares a decoy for what is there: the sockets of a server that
 // crashed, or an instance that lives.
 func (s *start) same(ctx context.Context) error {
+	s.before = *s.st
 	s.bank = s.st.Banks[s.plan.Bank]
 	ls, err := listeners(s.bank)
 	if err != nil {
@@ -276,29 +286,74 @@ func (s *start) publish() {
 	}
 }
 
-// checkConflicts refuses what does not go with generations that live.
-func (s *start) checkConflicts() error {
+// checkUser refuses another user for the sockets while there are some.
+func (s *start) checkUser() error {
 	live := s.live()
-	if live > 0 && s.st.UID != s.uid {
+	if len(live) > 0 && s.st.UID != s.uid {
 		return conflict(fmt.Errorf("user: the sockets of %d living instances belong to uid %d (%s), the new ones would to %d (%s), and one address takes one uid only (stop the service, then start it)",
-			live, s.st.UID, s.st.User, s.uid, s.user))
+			len(live), s.st.UID, s.st.User, s.uid, s.user))
 	}
 	return nil
 }
 
-// live is how many instances live.
-func (s *start) live() int {
-	n := 0
-	for _, b := range s.banks {
+// live are the banks of the instances that live, oldest first.
+func (s *start) live() []int {
+	var live []int
+	for n, b := range s.banks {
 		if b.held {
-			n++
+			live = append(live, n)
 		}
 	}
-	return n
+	slices.SortFunc(live, func(a, b int) int { return cmp.Compare(s.banks[a].generation, s.banks[b].generation) })
+	return live
+}
+
+// surplus are the oldest instances that have to end for the new one, never the working one.
+func (s *start) surplus() []int {
+	if s.MaxInstances == 0 {
+		return nil
+	}
+	old := slices.DeleteFunc(s.live(), func(n int) bool { return len(s.order) > 0 && n == s.order[0] })
+	many := len(s.live()) + 1 - s.MaxInstances
+	return old[:max(0, min(many, len(old)))]
+}
+
+// makeRoom ends the oldest instance at once when no bank is free without it.
+// Its keeper does so if it can.
+func (s *start) makeRoom() error {
+	old := s.surplus()
+	if len(s.st.Banks) < control.Banks || len(old) == 0 {
+		return nil
+	}
+	n := old[0]
+	b := s.st.Banks[n]
+	s.log(notice, "gen %d ends for a new one: %d instances are as many as there may be", b.Generation, s.MaxInstances)
+	s.service.Control().SetDrainUntil(n, control.Now())
+	if err := s.store.Send(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (endTimeout + killTimeout + 30*time.Second).Microseconds())); err != nil {
+		return err
+	}
+	for deadline := time.Now().Add(endTimeout); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		if p, err := s.look(); err != nil || len(p.servers(b)) == 0 {
+			break // an error shows again below
+		}
+	}
+	p, err := s.look()
+	if err != nil {
+		return err
+	}
+	if err := s.kill(p.servers(b), time.Now().Add(killTimeout)); err != nil {
+		return err
+	}
+	delete(s.st.Banks, n)
+	delete(s.banks, n)
+	return errors.Join(s.drop(b), s.store.Barrier(barrierTimeout), s.dir.Write(s.st), s.ask())
 }
 
 // chooseBank finds a place for the new generation.
 func (s *start) chooseBank() error {
+	if err := s.makeRoom(); err != nil {
+		return fmt.Errorf("end the oldest instance: %w", err)
+	}
 	last := 0
 	if s.st.Plan != nil {
 		last = s.st.Plan.Bank
@@ -314,21 +369,26 @@ func (s *start) chooseBank() error {
 			return nil
 		}
 	}
-	return conflict(fmt.Errorf("%d instances live, which is as many as there can be: the new one has no place (wait until some have drained, end one with grm drain %s --now, or set drain.max_instances)", s.live(), s.Service))
+	return conflict(fmt.Errorf("%d instances live, which is as many as there can be: the new one has no place (wait until some have drained, end them with grm drain %s --now, or set drain.max_instances)", len(s.live()), s.Service))
 }
 
 // notePending records what is to come, for whoever finds it half done.
 func (s *start) notePending() error {
-	s.st.Pending = &s.bank
+	next := *s.st
+	next.Pending = &s.bank
 	// The number is used up, whatever becomes of it.
-	s.st.Generation = s.bank.Generation
+	next.Generation = s.bank.Generation
 	for _, l := range s.Listeners {
 		g := state.Group{Address: l.Address.String(), App: l.App}
-		if !slices.Contains(s.st.Groups, g) {
-			s.st.Groups = append(slices.Clip(s.st.Groups), g)
+		if !slices.Contains(next.Groups, g) {
+			next.Groups = append(slices.Clip(next.Groups), g)
 		}
 	}
-	return s.dir.Write(s.st)
+	if err := s.dir.Write(&next); err != nil {
+		return err
+	}
+	*s.st = next
+	return nil
 }
 
 // restoreState is the undo of all that was recorded. A service of which
@@ -386,6 +446,12 @@ func (s *start) openGroup(l config.Listener) (*bpfprog.Group, error) {
 	} else if refreshed {
 		s.log(info, "%s: the program of this build replaces another one's, with the flows that are there", l.Address)
 	}
+	// Joining clears what the app has from a service of another epoch.
+	if others, err := hasSockets(g, l.App, s.st.Banks); err != nil {
+		return nil, err
+	} else if others {
+		return nil, conflict(fmt.Errorf("%s: another service has sockets there as app %d (stop that one, or share the address: --apps-max, and another --app for each)", l.Address, l.App))
+	}
 	return g, g.Join(l.App, s.service)
 }
 
@@ -393,7 +459,7 @@ func (s *start) openGroup(l config.Listener) (*bpfprog.Group, error) {
 // the old one.
 func (s *start) replaceGroup(g *bpfprog.Group, l config.Listener, differs error) error {
 	for app := range max(g.Spec.MaxApps, 1) {
-		lives, err := hasSockets(g, app)
+		lives, err := hasSockets(g, app, nil)
 		if err != nil {
 			return err
 		}
@@ -425,8 +491,13 @@ func (s *start) createGroup(spec bpfprog.GroupSpec, l config.Listener) (*bpfprog
 // bind makes the sockets of a listener.
 func (s *start) bind(i int) error {
 	l := s.Listeners[i]
-	if !s.lives(l) {
-		if o, found := s.foreign(l, s.ours()); found {
+	lives, err := s.lives(l)
+	if err != nil {
+		return err
+	}
+	if !lives {
+		// One with the same uid and SO_REUSEPORT would let us in, and our program would take its packets away.
+		if o, found := proc.Twin(string(l.Address.Proto), l.Address.AddrPort, s.ours); found {
 			return inUseBy(fmt.Errorf("bind %s: the address is in use by %s (end it, or choose another address)", l.Address, o))
 		}
 	}
@@ -440,7 +511,7 @@ func (s *start) bind(i int) error {
 			warned = true
 		})
 		if errors.Is(err, unix.EADDRINUSE) {
-			if o, found := s.foreign(l, s.ours()); found {
+			if o, found := proc.Holder(string(l.Address.Proto), l.Address.AddrPort, s.ours); found {
 				err = fmt.Errorf("%w by %s (end it, or choose another address)", err, o)
 			}
 			err = inUseBy(err)
@@ -459,33 +530,30 @@ func (s *start) bind(i int) error {
 
 // lives says whether sockets of the service, or of another one of the group,
 // are bound to a listener's address already.
-func (s *start) lives(l config.Listener) bool {
+func (s *start) lives(l config.Listener) (bool, error) {
 	g := s.groups[l.Address]
 	for app := range max(g.Spec.MaxApps, 1) {
-		if lives, err := hasSockets(g, app); err != nil || lives {
+		if lives, err := hasSockets(g, app, nil); err != nil || lives {
+			return lives, err
+		}
+	}
+	return false, nil
+}
+
+// ours says whether a socket is one that does not stand in the service's way.
+func (s *start) ours(inode uint64) bool {
+	if len(s.holders[inode]) > 0 {
+		return true
+	}
+	for _, b := range s.st.Banks {
+		if slices.Contains(b.Inodes(), inode) {
 			return true
 		}
 	}
-	return false
-}
-
-// ours are the sockets that do not stand in the service's way.
-func (s *start) ours() map[uint64]bool {
-	ours := map[uint64]bool{}
-	for inode := range s.holders {
-		ours[inode] = true
-	}
-	for _, b := range s.st.Banks {
-		for _, inode := range b.Inodes() {
-			ours[inode] = true
-		}
-	}
-	for _, fd := range s.sockets {
-		if inode, err := proc.Inode(fd); err == nil {
-			ours[inode] = true
-		}
-	}
-	return ours
+	return slices.ContainsFunc(s.sockets, func(fd int) bool {
+		own, err := proc.Inode(fd)
+		return err == nil && own == inode
+	})
 }
 
 func (s *start) closeSockets() {
@@ -497,11 +565,7 @@ func (s *start) closeSockets() {
 
 // fill puts a listener's sockets into their slots.
 func (s *start) fill(g *bpfprog.Group, l config.Listener, sockets []int) error {
-	generation := s.bank.Generation
-	if s.NoRegister {
-		generation = 0
-	}
-	if err := g.SetBank(l.App, s.bank.Bank, generation, len(sockets)); err != nil {
+	if err := g.SetBank(l.App, s.bank.Bank, s.bank.Generation, len(sockets)); err != nil {
 		return err
 	}
 	for index, fd := range sockets {
@@ -515,7 +579,7 @@ func (s *start) fill(g *bpfprog.Group, l config.Listener, sockets []int) error {
 // attachAgain attaches the program to a group whose sockets are all elsewhere,
 // in systemd's store: through one that is in the group for a moment, and in no slot.
 func (s *start) attachAgain(g *bpfprog.Group, l config.Listener) error {
-	l.RcvBuf = 0
+	l.RcvBuf, l.Freebind = 0, true
 	fd, err := openSocket(l, s.st.UID, func(string) {})
 	if err != nil {
 		return err
@@ -534,8 +598,10 @@ func (s *start) attachHooks() error {
 	if err != nil {
 		return err
 	}
-	if s.plan.Verb == control.Start {
-		s.bank.Cgroup = id
+	// After a crash the cgroup may be another one: the sockets that are there keep the hooks of the old one, those that
+	// the next server makes get the new one's.
+	if !slices.Contains(s.bank.Cgroups, id) {
+		s.bank.Cgroups = append(slices.Clip(s.bank.Cgroups), id)
 	}
 	var groups []*bpfprog.Group
 	for _, a := range sortedAddresses(s.groups) {
@@ -548,7 +614,9 @@ func (s *start) attachHooks() error {
 func (r *run) pruneHooks() error {
 	used := map[uint64]bool{}
 	for _, b := range r.st.Banks {
-		used[b.Cgroup] = true
+		for _, id := range b.Cgroups {
+			used[id] = true
+		}
 	}
 	if r.service == nil {
 		return nil
@@ -617,18 +685,20 @@ func (s *start) forgetSockets() error {
 
 // record writes down what was done.
 func (s *start) record() error {
-	s.st.Pending = nil
-	s.st.Unit = s.Unit
-	s.st.Plan = &state.Plan{Verb: s.plan.Verb.String(), Bank: s.plan.Bank, Generation: s.bank.Generation, Invocation: os.Getenv("INVOCATION_ID"), At: control.Now()}
+	next := *s.st
+	next.Pending = nil
+	next.Unit = s.Unit
+	next.Plan = &state.Plan{Verb: s.plan.Verb.String(), Bank: s.plan.Bank, Generation: s.bank.Generation, Invocation: os.Getenv("INVOCATION_ID"), At: control.Now()}
+	next.Banks = maps.Clone(s.st.Banks)
+	next.Banks[s.bank.Bank] = s.bank
 	if s.plan.Verb == control.Start {
-		s.st.User, s.st.UID = s.user, s.uid
-		banks := map[int]state.Bank{s.bank.Bank: s.bank}
-		for n, b := range s.before.Banks {
-			banks[n] = b
-		}
-		s.st.Banks = banks
+		next.User, next.UID = s.user, s.uid
 	}
-	return s.dir.Write(s.st)
+	if err := s.dir.Write(&next); err != nil {
+		return err
+	}
+	*s.st = next
+	return nil
 }
 
 // reclaim drops the generations that nobody serves, nor will: they leave the
@@ -670,17 +740,23 @@ func (r *run) repair() error {
 
 // after does what is left once the start is published. None of it can make the
 // start fail.
-func (r *run) after(s *start) {
-	if err := r.pruneHooks(); err != nil {
-		r.log(warning, "hooks of cgroups that are gone: %v", err)
+func (s *start) after() {
+	if err := s.pruneHooks(); err != nil {
+		s.log(warning, "hooks of cgroups that are gone: %v", err)
+	}
+	if s.plan.Verb == control.Start {
+		for _, n := range s.surplus() {
+			s.service.Control().SetDrainUntil(n, control.Now())
+			s.log(notice, "gen %d ends for the new one: %d instances are as many as there may be", s.banks[n].generation, s.MaxInstances)
+		}
 	}
 	switch s.plan.Verb {
 	case control.Start:
-		r.log(info, "gen %d: %d sockets in bank %d", s.bank.Generation, s.bank.Sockets(), s.bank.Bank)
+		s.log(info, "gen %d: %d sockets in bank %d", s.bank.Generation, s.bank.Sockets(), s.bank.Bank)
 	case control.Again:
-		r.log(notice, "gen %d: its server is gone, the next one gets its %d sockets and what waits in them", s.bank.Generation, s.bank.Sockets())
+		s.log(notice, "gen %d: its server is gone, the next one gets its %d sockets and what waits in them", s.bank.Generation, s.bank.Sockets())
 	case control.StandIn:
-		r.log(notice, "gen %d lives: nothing is started, the decoy speaks for it", s.bank.Generation)
+		s.log(notice, "gen %d lives: nothing is started, the decoy speaks for it", s.bank.Generation)
 	}
 }
 

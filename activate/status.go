@@ -2,6 +2,7 @@ package activate
 
 import (
 	"errors"
+	"fmt"
 
 	"golang.org/x/sys/unix"
 
@@ -66,4 +67,13 @@ func classify(err error) error {
 		return unfit(err)
 	}
 	return err
+}
+
+// badPin is the status for a pin that cannot be opened: one that another
+// version of grm has left, or that is corrupt.
+func badPin(err error) error {
+	if err = classify(err); err == nil || Status(err) != StatusFailure {
+		return err
+	}
+	return withStatus(StatusUnsafe, fmt.Errorf("%w (the pin is corrupt: stop the service, see what is there, and remove it with grm delete)", err))
 }

@@ -223,12 +223,14 @@ func (r *run) afterAttempt() error {
 		err = r.endAttempt(p, b, plan, result)
 	case result.service == "watchdog":
 		// It hangs: as good as dead, but for its sockets, which the next one gets.
-		err = r.kill(p.servers(b, word.Keeper), time.Now().Add(killTimeout))
+		err = r.kill(p.servers(b), time.Now().Add(killTimeout))
 		r.fail(b.Generation, result.reason("served"))
-	case len(p.servers(b, word.Keeper)) == 0 && r.replaced(p, b):
+	case len(p.servers(b)) == 0 && r.replaced(p, b):
 		// It died in its watch, and an older one has taken over.
 		err = r.release(b)
-		r.fail(b.Generation, result.reason("served"))
+		if result.service != "success" {
+			r.fail(b.Generation, result.reason("served"))
+		}
 	case control.Now()-word.ReadyAt >= ranWell:
 		r.st.Restarts = r.unit.Restarts
 	}
@@ -259,7 +261,7 @@ func (r *run) attempt(p processes, b state.Bank, plan state.Plan) []int {
 		if n == b.Bank || word.ReadyAt == 0 {
 			continue
 		}
-		servers := p.servers(other, word.Keeper)
+		servers := p.servers(other)
 		for _, pid := range servers {
 			kept[pid] = true
 		}
@@ -303,7 +305,7 @@ func (r *run) replaced(p processes, b state.Bank) bool {
 		}
 		word := ctl.Bank(n)
 		older, known := r.st.Banks[n]
-		if known && older.Generation < b.Generation && len(p.servers(older, word.Keeper)) > 0 && p.pids[word.Keeper] {
+		if known && older.Generation < b.Generation && len(p.servers(older)) > 0 && p.pids[word.Keeper] {
 			return !working || ctl.Bank(b.Bank).WatchUntil > control.Now()
 		}
 	}

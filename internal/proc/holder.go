@@ -26,10 +26,22 @@ func (o Owner) String() string {
 	return fmt.Sprintf("process %d (%s) of uid %d", o.Pid, o.Comm, o.UID)
 }
 
-// Holder finds the first socket in this network namespace that conflicts with
-// address ("udp" or "tcp"), but for those whose inode is in ours. It is for
-// messages: a walk over all processes.
+// Holder finds the first socket in this network namespace that stands in the
+// way of binding one to address ("udp" or "tcp"), but for those whose inode is
+// ours. It is for messages: it may walk over all processes.
 func Holder(network string, address netip.AddrPort, ours func(inode uint64) bool) (Owner, bool) {
+	return find(network, func(s socket) bool { return conflicts(network, s, address) && !ours(s.inode) })
+}
+
+// Twin is Holder for sockets of exactly that address: those that would be in
+// one reuseport group with ours.
+func Twin(network string, address netip.AddrPort, ours func(inode uint64) bool) (Owner, bool) {
+	return find(network, func(s socket) bool {
+		return s.local == address && (network != "tcp" || s.state == tcpListen) && !ours(s.inode)
+	})
+}
+
+func find(network string, match func(socket) bool) (Owner, bool) {
 	for _, family := range []string{"", "6"} {
 		text, err := os.ReadFile("/proc/self/net/" + network + family)
 		if err != nil {
@@ -37,7 +49,7 @@ func Holder(network string, address netip.AddrPort, ours func(inode uint64) bool
 		}
 		for line := range bytes.Lines(text) {
 			s, ok := parseSocket(line)
-			if !ok || !conflicts(network, s, address) || ours(s.inode) {
+			if !ok || !match(s) {
 				continue
 			}
 			o := Owner{UID: s.uid}

@@ -121,6 +121,12 @@ func TestHolder(t *testing.T) {
 			if !found || o.Pid != os.Getpid() || o.UID != os.Getuid() || o.Comm != Comm(os.Getpid()) {
 				t.Errorf("holder of %s %s: %v, %v", network, addr, o, found)
 			}
+			if o, found := Twin(network, addr, none); !found || o.Pid != os.Getpid() {
+				t.Errorf("twin of %s %s: %v, %v", network, addr, o, found)
+			}
+			if o, found := Twin(network, netip.AddrPortFrom(netip.IPv4Unspecified(), addr.Port()), none); found {
+				t.Errorf("twin of the wildcard: %v", o)
+			}
 			if o, found := Holder(network, addr, func(uint64) bool { return true }); found {
 				t.Errorf("our own socket was found: %v", o)
 			}

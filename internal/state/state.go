@@ -66,7 +66,7 @@ type Bank struct {
 	Bank       int        `json:"bank"`
 	Generation uint64     `json:"generation"`
 	Created    time.Time  `json:"created"`
-	Cgroup     uint64     `json:"cgroup,omitempty"` // id of the cgroup in which the sockets were made: their hooks are that one's
+	Cgroups    []uint64   `json:"cgroups,omitempty"` // ids of the cgroups in which its sockets were made: their hooks are those
 	Listeners  []Listener `json:"listeners"`
 }
 

@@ -29,7 +29,7 @@ func sample() *State {
 	s.Unit, s.User, s.UID, s.Generation, s.Restarts = "echo.service", "echo", 998, 7, 2
 	s.Plan = &Plan{Verb: "start", Bank: 3, Generation: 7, Invocation: "abc", At: 12 * time.Second}
 	s.Failed = &Failed{Generation: 7, Reason: "exit status 1", At: time.Unix(1700000000, 0).UTC()}
-	s.Banks[3] = Bank{Bank: 3, Generation: 6, Created: time.Unix(1600000000, 0).UTC(), Cgroup: 4711,
+	s.Banks[3] = Bank{Bank: 3, Generation: 6, Created: time.Unix(1600000000, 0).UTC(), Cgroups: []uint64{4711},
 		Listeners: []Listener{{Name: "quic", Address: "udp://0.0.0.0:443?name=quic&sockets=2", Inodes: []uint64{11, 12}}}}
 	return s
 }
