@@ -134,13 +134,21 @@ func listener(l state.Listener) Listener {
 	return Listener{Name: l.Name, Address: address, Group: address, App: parsed.App}
 }
 
+// Runs says whether pid is a process of the unit; of any, if there is no unit.
+func Runs(pid int, unit string) bool {
+	if pid <= 0 {
+		return false
+	}
+	cgroup, err := proc.Of(pid)
+	return err == nil && (unit == "" || cgroup.Unit() == unit)
+}
+
 func findProcess(pid int, unit string) *Process {
 	if pid <= 0 {
 		return nil
 	}
-	p := &Process{PID: pid}
-	cgroup, err := proc.Of(pid)
-	if p.Running = err == nil && (unit == "" || cgroup.Unit() == unit); p.Running {
+	p := &Process{PID: pid, Running: Runs(pid, unit)}
+	if p.Running {
 		p.Command = proc.Comm(pid)
 	}
 	return p

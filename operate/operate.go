@@ -12,6 +12,7 @@ import (
 
 	"grm/bpfprog"
 	"grm/control"
+	"grm/inspect"
 	"grm/internal/state"
 )
 
@@ -25,6 +26,9 @@ var (
 // patience is how long a start or stop that is under way is waited for.
 const patience = 30 * time.Second
 
+// keepers is how long keepers have to see what was written into the control map.
+const keepers = 3 * time.Second
+
 // Rolled says what a rollback did.
 type Rolled struct {
 	Working   uint64 // takes new flows from now on
@@ -37,7 +41,7 @@ type Rolled struct {
 func Rollback(service string) (Rolled, error) {
 	var r Rolled
 	err := with(service, func(c change) error {
-		from, to := choose(c.m)
+		from, to := c.choose()
 		switch {
 		case from < 0:
 			return fmt.Errorf("roll back %s: %w: no generation takes new flows (systemctl start it)", service, ErrLive)
@@ -45,19 +49,22 @@ func Rollback(service string) (Rolled, error) {
 			return fmt.Errorf("roll back %s: %w: no older generation lives that is not yet draining (install the older version and systemctl restart)", service, ErrLive)
 		}
 		r = Rolled{Working: c.m.Bank(to).Generation, Withdrawn: c.m.Bank(from).Generation}
-		// Before the order, so that nobody sees it in a watch that is not its own.
-		c.m.SetWatchUntil(from, control.Now())
+		// Neither is watched any more: the one that goes drains at once.
+		c.m.SetWatchUntil(from, 0)
+		c.m.SetWatchUntil(to, 0)
 		c.m.SetOrder(without(c.m.Order().Banks(), from, to))
 		return c.recordFailure(r.Withdrawn, "rolled back by hand")
 	})
 	return r, err
 }
 
-// choose finds the bank that takes new flows, and the newest older one that can; -1 if there is none.
-func choose(m *control.Map) (from, to int) {
-	from = m.Working()
-	for _, b := range m.Order().Banks() {
-		if b != from && m.Alive(b) && m.Bank(b).State == control.Serving {
+// choose finds the bank that takes new flows, and the newest older one whose
+// server can; -1 if there is none.
+func (c change) choose() (from, to int) {
+	from = c.m.Working()
+	for _, b := range c.m.Order().Banks() {
+		bank := c.m.Bank(b)
+		if b != from && c.m.Alive(b) && bank.State == control.Serving && inspect.Runs(bank.Server, c.unit) {
 			return from, b
 		}
 	}
@@ -86,28 +93,59 @@ func Drain(service string, now bool) ([]uint64, error) {
 		if working < 0 {
 			return fmt.Errorf("drain %s: %w: no generation takes new flows, so that no other may end", service, ErrLive)
 		}
-		at := control.Now()
-		for b := range control.Banks {
-			bank := c.m.Bank(b)
-			if b == working || (bank.State != control.Serving && bank.State != control.Draining) {
-				continue
-			}
-			generations = append(generations, bank.Generation)
-			if now {
-				c.m.SetDrainUntil(b, at)
-			}
+		older := c.older(working)
+		for _, b := range older {
+			generations = append(generations, c.m.Bank(b).Generation)
 		}
-		c.m.SetWatchUntil(working, at)
-		return nil
+		c.m.SetWatchUntil(working, 0)
+		if !now {
+			return nil
+		}
+		return c.hurry(older)
 	})
 	return generations, err
+}
+
+// older lists the banks of the other generations that live.
+func (c change) older(working int) []int {
+	var older []int
+	for b := range control.Banks {
+		if s := c.m.Bank(b).State; b != working && (s == control.Serving || s == control.Draining) {
+			older = append(older, b)
+		}
+	}
+	return older
+}
+
+// hurry moves the end of each drain to now. Only the keeper can begin one, which
+// it does as soon as it has seen that the watch is over.
+func (c change) hurry(banks []int) error {
+	deadline := time.Now().Add(keepers)
+	for {
+		var idle []uint64
+		for _, b := range banks {
+			switch bank := c.m.Bank(b); bank.State {
+			case control.Serving:
+				idle = append(idle, bank.Generation)
+			case control.Draining:
+				c.m.SetDrainUntil(b, min(bank.DrainUntil, control.Now()))
+			}
+		}
+		if len(idle) == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("drain %s: generations %v did not begin to drain within %v (are their keepers gone? grm status %s)", c.name, idle, keepers, c.name)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
 }
 
 // change is a service that is locked and open.
 type change struct {
 	name string
+	unit string // of systemd's; "" if there is no record or no unit
 	dir  *state.Dir
-	s    *bpfprog.Service
 	m    *control.Map
 }
 
@@ -133,7 +171,11 @@ func with(service string, f func(change) error) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, lock.Unlock()) }()
-	return f(change{name: service, dir: dir, s: s, m: s.Control()})
+	c := change{name: service, dir: dir, m: s.Control()}
+	if st, err := dir.Read(service); err == nil { // who changes the record will tell if not
+		c.unit = st.Unit
+	}
+	return f(c)
 }
 
 // recordFailure lets root's record say why a generation does not work any more.

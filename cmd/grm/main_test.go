@@ -162,7 +162,9 @@ func scenes(t *testing.T, name string) env {
 		r.Problems = []string{"service old: invalid state file"}
 		e.report = func() (inspect.Report, error) { return r, nil }
 	case "broken":
-		e.report = func() (inspect.Report, error) { return inspect.Report{}, errors.New("list services: input/output error") }
+		e.report = func() (inspect.Report, error) {
+			return inspect.Report{}, errors.New("list services: input/output error")
+		}
 		e.examine = func() []inspect.Finding {
 			return []inspect.Finding{{Check: "kernel", Level: inspect.Bad, Found: "5.4.0", Advice: "boot a newer kernel"}}
 		}
