@@ -21,7 +21,7 @@ const (
 	OptDissector  = 202 // get the group's dissector
 	OptFlowAssure = 203 // set the sockaddr of a flow's other end
 	OptSocketApp  = 204 // get a u32
-	OptIdentity   = 205 // get an Identity: epoch, generation u64, app, bank, index, pad u32
+	OptKey        = 205 // get an Identity: epoch, generation u64, bank, index, app, cookie u32
 )
 
 // ErrNoGroup says that a socket is in no group of grm's: it was bound by the
@@ -34,24 +34,26 @@ var ErrNoGroup = errors.New("socket is in no grm group")
 type Identity struct {
 	Epoch      uint64
 	Generation uint64
-	App        uint32
 	Bank       uint32
 	Index      uint32
+	App        uint32
+	Cookie     uint32 // 0: none
 }
 
 // Identify asks which generation's socket c is.
 func Identify(c syscall.Conn) (Identity, error) {
 	var b [32]byte
-	if err := getOption(c, OptIdentity, b[:]); err != nil {
+	if err := getOption(c, OptKey, b[:]); err != nil {
 		return Identity{}, err
 	}
 	order := binary.NativeEndian
 	return Identity{
 		Epoch:      order.Uint64(b[0:]),
 		Generation: order.Uint64(b[8:]),
-		App:        order.Uint32(b[16:]),
-		Bank:       order.Uint32(b[20:]),
-		Index:      order.Uint32(b[24:]),
+		Bank:       order.Uint32(b[16:]),
+		Index:      order.Uint32(b[20:]),
+		App:        order.Uint32(b[24:]),
+		Cookie:     order.Uint32(b[28:]),
 	}, nil
 }
 
