@@ -4,10 +4,13 @@
 package operate
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
+	"strings"
 	"time"
 
 	"grm/bpfprog"
@@ -46,7 +49,7 @@ func Rollback(service string) (Rolled, error) {
 		case from < 0:
 			return fmt.Errorf("roll back %s: %w: no generation takes new flows (systemctl start it)", service, ErrLive)
 		case to < 0:
-			return fmt.Errorf("roll back %s: %w: no older generation lives that is not yet draining (install the older version and systemctl restart)", service, ErrLive)
+			return fmt.Errorf("roll back %s: %w: no older generation lives that could take new flows (install the older version and systemctl restart)", service, ErrLive)
 		}
 		r = Rolled{Working: c.m.Bank(to).Generation, Withdrawn: c.m.Bank(from).Generation}
 		// Neither is watched any more: the one that goes drains at once.
@@ -64,11 +67,33 @@ func (c change) choose() (from, to int) {
 	from = c.m.Working()
 	for _, b := range c.m.Order().Banks() {
 		bank := c.m.Bank(b)
-		if b != from && c.m.Alive(b) && bank.State == control.Serving && inspect.Runs(bank.Server, c.unit) {
+		if b == from || !c.m.Alive(b) || !inspect.Runs(bank.Server, c.unit) {
+			continue
+		}
+		// One that drains is as good as before, unless it was told so.
+		if bank.State == control.Serving || (bank.State == control.Draining && !told(bank.Keeper)) {
 			return from, b
 		}
 	}
 	return from, -1
+}
+
+// told says whether the keeper with that pid signals its server when a drain
+// begins; one that cannot be asked may have.
+func told(keeper int) bool {
+	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", keeper))
+	if err != nil || len(line) == 0 {
+		return true
+	}
+	for word := range bytes.SplitSeq(line, []byte{0}) {
+		switch name, _, _ := strings.Cut(strings.TrimLeft(string(word), "-"), "="); {
+		case string(word) == "--":
+			return false // from here on it is the server's
+		case name == "drain-signal" && word[0] == '-':
+			return true
+		}
+	}
+	return false
 }
 
 // without is the order with from left out and to at its head: what lies
