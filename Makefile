@@ -85,6 +85,7 @@ install: build
 	install -m 755 bin/grm bin/grm-unitgen $(DESTDIR)$(PREFIX)/bin/
 	install -m 755 bin/grm-activate bin/grm-decoy $(DESTDIR)$(PREFIX)/lib/grm/
 	$(if $(manuals),install -m 644 $(manuals) $(DESTDIR)$(PREFIX)/share/man/man8/)
+	$(if $(filter /usr,$(PREFIX)),,@echo "units find the commands with: grm-unitgen --bindir $(PREFIX)/lib/grm")
 
 clean:
 	rm -rf bin
