@@ -51,7 +51,7 @@ func Delete(name string, force bool) ([]string, error) {
 		}
 		return deleteService(s)
 	}
-	return nil, fmt.Errorf("service %s: %w", name, ErrNone)
+	return nil, fmt.Errorf("service %s: %w", name, inspect.ErrNone)
 }
 
 // end sees to it that nothing of the service runs.
@@ -224,7 +224,7 @@ func deleteService(found inspect.Service) (removed []string, err error) {
 // leave empties the slots that a service has in a group, and removes the group
 // if no other service uses it.
 func leave(group inspect.Group, s inspect.Service, l inspect.Listener) (removed bool, err error) {
-	g, err := openGroup(group.Name)
+	g, err := inspect.OpenGroup(group.Name)
 	if err != nil {
 		return false, err
 	}
@@ -238,18 +238,6 @@ func leave(group inspect.Group, s inspect.Service, l inspect.Listener) (removed 
 		}
 	}
 	return false, nil
-}
-
-func openGroup(name string) (*bpfprog.Group, error) {
-	var address config.Address
-	if err := address.UnmarshalText([]byte(name)); err != nil {
-		return nil, err
-	}
-	g, err := bpfprog.OpenGroup(string(address.Proto), address.AddrPort)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("group %s: %w", name, ErrNone)
-	}
-	return g, err
 }
 
 // deleteGroup removes a group that no service uses.
@@ -266,7 +254,7 @@ func deleteGroup(name string) ([]string, error) {
 			return nil, fmt.Errorf("delete group %s: %w: services use it: %s (delete these)", name, ErrLive, strings.Join(g.Services, ", "))
 		}
 	}
-	g, err := openGroup(name)
+	g, err := inspect.OpenGroup(name)
 	if err != nil {
 		return nil, err
 	}

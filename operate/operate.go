@@ -19,12 +19,8 @@ import (
 	"grm/internal/state"
 )
 
-var (
-	// ErrNone says that there is no such service or group.
-	ErrNone = errors.New("there is nothing of that name in this network namespace (grm list shows what there is)")
-	// ErrLive says that what lives does not allow it.
-	ErrLive = errors.New("refused")
-)
+// ErrLive says that what lives does not allow it.
+var ErrLive = errors.New("refused")
 
 // patience is how long a start or stop that is under way is waited for.
 const patience = 30 * time.Second
@@ -183,7 +179,7 @@ func with(service string, f func(change) error) (err error) {
 	defer func() { err = errors.Join(err, dir.Close()) }()
 	s, err := bpfprog.OpenService(service)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("service %s: %w", service, ErrNone)
+		return fmt.Errorf("service %s: %w", service, inspect.ErrNone)
 	}
 	if err != nil {
 		return fmt.Errorf("service %s: %w", service, err)

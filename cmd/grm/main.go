@@ -13,6 +13,7 @@ import (
 	"os"
 	"strings"
 
+	"grm/bpfprog/model"
 	"grm/inspect"
 	"grm/operate"
 )
@@ -32,6 +33,7 @@ type env struct {
 	report         func() (inspect.Report, error)
 	flows          func(func(inspect.Flow) bool) error
 	examine        func() []inspect.Finding
+	snapshot       func(group string) (*model.State, error)
 	rollback       func(service string) (operate.Rolled, error)
 	drain          func(service string, now bool) ([]uint64, error)
 	remove         func(name string, force bool) ([]string, error)
@@ -44,6 +46,7 @@ func main() {
 		report:   inspect.Read,
 		flows:    inspect.Flows,
 		examine:  inspect.Examine,
+		snapshot: inspect.Snapshot,
 		rollback: operate.Rollback,
 		drain:    operate.Drain,
 		remove:   operate.Delete,
@@ -65,6 +68,7 @@ func commands() []command {
 		{"status", statusUsage, showStatus},
 		{"flows", flowsUsage, flows},
 		{"metrics", metricsUsage, metrics},
+		{"explain", explainUsage, explain},
 		{"doctor", doctorUsage, doctor},
 		{"rollback", rollbackUsage, rollback},
 		{"drain", drainUsage, drain},
@@ -126,7 +130,7 @@ func status(err error, stderr io.Writer) int {
 	case errors.As(err, &u):
 		fmt.Fprintln(stderr, "grm: try grm --help")
 		return misused
-	case errors.As(err, &n), errors.Is(err, operate.ErrNone):
+	case errors.As(err, &n), errors.Is(err, inspect.ErrNone):
 		return notFound
 	case errors.Is(err, operate.ErrLive):
 		return refused

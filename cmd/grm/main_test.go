@@ -6,12 +6,15 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"grm/bpfprog/model"
+	"grm/control"
 	"grm/inspect"
 	"grm/operate"
 )
@@ -126,6 +129,16 @@ func scenes(t *testing.T, name string) env {
 		examine: func() []inspect.Finding {
 			return []inspect.Finding{{Check: "kernel", Level: inspect.Fine, Found: "6.1.0"}, {Check: "bpffs", Level: inspect.Note, Found: "not mounted", Advice: "mount it"}}
 		},
+		snapshot: func(group string) (*model.State, error) {
+			if group != "udp://0.0.0.0:5201" {
+				return nil, fmt.Errorf("group %s: %w", group, inspect.ErrNone)
+			}
+			s := &model.State{Dissector: model.Flow, Apps: []model.App{{Joined: true, Order: control.MakeOrder([]int{1, 0}), Alive: 3}},
+				Flows: map[netip.AddrPort]model.Home{netip.MustParseAddrPort("192.0.2.1:4711"): {Bank: 0, Slot: 1}}}
+			s.Apps[0].Banks[0] = model.Bank{Generation: 5, Sockets: 2}
+			s.Apps[0].Banks[1] = model.Bank{Generation: 7, Sockets: 2}
+			return s, nil
+		},
 		rollback: func(string) (operate.Rolled, error) { return operate.Rolled{Working: 5, Withdrawn: 7}, nil },
 		drain:    func(_ string, now bool) ([]uint64, error) { return []uint64{5, 4}, nil },
 		remove: func(name string, force bool) ([]string, error) {
@@ -153,7 +166,7 @@ func scenes(t *testing.T, name string) env {
 		e.flows = func(func(inspect.Flow) bool) error { return nil }
 		e.drain = func(string, bool) ([]uint64, error) { return nil, nil }
 		e.rollback = func(name string) (operate.Rolled, error) {
-			return operate.Rolled{}, fmt.Errorf("service %s: %w", name, operate.ErrNone)
+			return operate.Rolled{}, fmt.Errorf("service %s: %w", name, inspect.ErrNone)
 		}
 	case "remnants":
 		r := busy
