@@ -3,6 +3,7 @@ package bpfprog
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 
 	"github.com/cilium/ebpf"
@@ -111,15 +112,27 @@ func (g *Group) takeName(app, bank int) error {
 	return nil
 }
 
+// Name is what one of the names in a group's cookies stands for.
+type Name struct {
+	Used      bool
+	App, Bank int
+	Serial    uint16 // how often it was given away
+}
+
+// Names are the names that cookies can have.
+func (g *Group) Names() []Name {
+	words := &g.header().Names
+	names := make([]Name, len(words))
+	for i := range words {
+		n := atomic.LoadUint32(&words[i])
+		names[i] = Name{Used: n&nameUsed != 0, App: int(n >> 8 & 15), Bank: int(n & 31), Serial: uint16(n >> 16 & tagMask)}
+	}
+	return names
+}
+
 // findName is the name of (app, bank), or -1.
 func (g *Group) findName(app, bank int) int {
-	for i := range g.header().Names {
-		n := atomic.LoadUint32(&g.header().Names[i])
-		if n&nameUsed != 0 && int(n>>8&15) == app && int(n&31) == bank {
-			return i
-		}
-	}
-	return -1
+	return slices.IndexFunc(g.Names(), func(n Name) bool { return n.Used && n.App == app && n.Bank == bank })
 }
 
 // cookie is what servers put into their packets to get them at that socket; 0

@@ -3,13 +3,17 @@ package inspect
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"grm/activate"
 )
 
 // The oldest kernel and systemd that grm works with.
@@ -158,16 +162,6 @@ func systemdVersion(line string) int {
 	return leading(fields[1])[0]
 }
 
-// What the root step needs, by the kernel's names; docs/architecture.md says for what.
-var needed = []struct {
-	name string
-	bit  int
-}{
-	{"CAP_NET_ADMIN", unix.CAP_NET_ADMIN},
-	{"CAP_SYS_ADMIN", unix.CAP_SYS_ADMIN},
-	{"CAP_BPF", unix.CAP_BPF},
-}
-
 func effective() (uint64, error) {
 	text, err := os.ReadFile("/proc/self/status")
 	if err != nil {
@@ -188,11 +182,11 @@ func (h host) capabilities() Finding {
 		return Finding{"capabilities", Bad, err.Error(), advice}
 	}
 	var have, missing []string
-	for _, c := range needed {
-		if caps&(1<<c.bit) != 0 {
-			have = append(have, c.name)
+	for _, name := range slices.Sorted(maps.Keys(activate.Capabilities)) {
+		if caps&(1<<activate.Capabilities[name]) != 0 {
+			have = append(have, name)
 		} else {
-			missing = append(missing, c.name)
+			missing = append(missing, name)
 		}
 	}
 	if missing != nil {

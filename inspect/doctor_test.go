@@ -35,7 +35,7 @@ func healthy(t *testing.T) host {
 			return unix.CGROUP2_SUPER_MAGIC, nil
 		},
 		systemd: func() (string, error) { return "systemd 252 (252.39-1~deb12u2)", nil },
-		caps:    func() (uint64, error) { return 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_BPF, nil },
+		caps:    func() (uint64, error) { return 1<<64 - 1, nil },
 	}
 }
 
@@ -72,7 +72,9 @@ func TestExamine(t *testing.T) {
 		"systemd does not run": {func(h *host) {
 			_ = os.RemoveAll(h.root + "/run")
 		}, "systemd", Bad, "does not run", "process 1"},
-		"no rights":  {func(h *host) { h.caps = func() (uint64, error) { return 1 << unix.CAP_BPF, nil } }, "capabilities", Bad, "missing CAP_NET_ADMIN, CAP_SYS_ADMIN", "as root"},
+		"no rights": {func(h *host) {
+			h.caps = func() (uint64, error) { return 1<<64 - 1 - 1<<unix.CAP_NET_ADMIN - 1<<unix.CAP_SYS_ADMIN, nil }
+		}, "capabilities", Bad, "missing CAP_NET_ADMIN, CAP_SYS_ADMIN", "as root"},
 		"small rmem": {func(h *host) { _ = os.WriteFile(h.root+"/proc/sys/net/core/rmem_max", []byte("212992\n"), 0o644) }, "rmem_max", Note, "212992", "net.core.rmem_max=16777216"},
 		"no jit":     {func(h *host) { _ = os.WriteFile(h.root+"/proc/sys/net/core/bpf_jit_enable", []byte("0\n"), 0o644) }, "bpf jit", Note, "off", "bpf_jit_enable=1"},
 		"udpgrm": {func(h *host) {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
 	"os"
 	"slices"
 	"time"
@@ -163,26 +162,22 @@ func (r *reader) groups(all []*facts) error {
 	for _, key := range keys {
 		g, err := bpfprog.OpenGroup(key.Network, key.Address)
 		if err != nil {
-			r.problem("group %s: %v", groupName(key.Network, key.Address), err)
+			r.problem("group %s: %v", key.String(), err)
 			continue
 		}
 		if err := errors.Join(r.group(g, all), g.Close()); err != nil {
-			r.problem("group %s: %v", groupName(key.Network, key.Address), err)
+			r.problem("group %s: %v", key.String(), err)
 		}
 	}
 	return nil
 }
 
-func groupName(network string, address netip.AddrPort) string {
-	return network + "://" + address.String()
-}
-
 func (r *reader) group(g *bpfprog.Group, all []*facts) error {
 	spec := g.Spec
 	out := Group{
-		Name:      groupName(spec.Network, spec.Address),
+		Name:      g.Key().String(),
 		DualStack: spec.DualStack,
-		Dissector: dissectorName(spec.Dissector.Kind),
+		Dissector: spec.Dissector.Kind.String(),
 		MaxApps:   spec.MaxApps,
 		TableSize: int(spec.Dissector.Flows),
 		Services:  []string{},
@@ -269,7 +264,7 @@ func Flows(yield func(Flow) bool) error {
 	}
 	goOn := true
 	for _, key := range keys {
-		name := groupName(key.Network, key.Address)
+		name := key.String()
 		g, err := bpfprog.OpenGroup(key.Network, key.Address)
 		if err != nil {
 			return fmt.Errorf("group %s: %w", name, err)
@@ -314,17 +309,4 @@ func (r Report) owners(group string) map[place]owner {
 		}
 	}
 	return owners
-}
-
-// dissectorName is a dissector as the service's file names it.
-func dissectorName(k bpfprog.Kind) string {
-	switch k {
-	case bpfprog.Flow:
-		return "flow"
-	case bpfprog.Noop:
-		return "noop"
-	case bpfprog.CBPF:
-		return "cbpf"
-	}
-	return fmt.Sprintf("dissector %d", k)
 }

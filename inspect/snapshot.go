@@ -43,11 +43,14 @@ func Snapshot(name string) (*model.State, error) {
 }
 
 func snapshot(g *bpfprog.Group) (*model.State, error) {
-	name := groupName(g.Spec.Network, g.Spec.Address)
+	name := g.Key().String()
 	s := &model.State{
-		// PROGRAM
+		Program: g.Spec.Dissector.Program,
 		Apps:    make([]model.App, max(1, g.Spec.MaxApps)),
 		Flows:   map[netip.AddrPort]model.Home{},
+	}
+	for i, n := range g.Names() {
+		s.Names[i] = model.Name{Used: n.Used, App: n.App, Bank: n.Bank, Serial: n.Serial}
 	}
 	switch g.Spec.Dissector.Kind {
 	case bpfprog.Flow:

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os/exec"
+	"slices"
 	"strings"
 	"time"
 
@@ -188,22 +189,30 @@ func deleteService(found inspect.Service) (removed []string, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, lock.Remove()) }()
+	groups := map[string]int{} // the service's number in each
+	for _, l := range found.Listeners {
+		groups[l.Group] = l.App
+	}
+	if st, err := dir.Read(found.Name); err == nil { // it goes in any case
+		for _, g := range st.Groups {
+			groups[g.Address] = g.App
+		}
+	}
 	r, err := inspect.Read()
 	if err != nil {
 		return nil, err
 	}
 	for _, g := range r.Groups {
-		for _, l := range found.Listeners {
-			if l.Group != g.Name {
-				continue
-			}
-			gone, err := leave(g, found, l)
-			if err != nil {
-				return removed, err
-			}
-			if gone {
-				removed = append(removed, "group "+g.Name)
-			}
+		app, ok := groups[g.Name]
+		if !ok {
+			continue
+		}
+		gone, err := leave(g, found, app)
+		if err != nil {
+			return removed, err
+		}
+		if gone {
+			removed = append(removed, "group "+g.Name)
 		}
 	}
 	s, err := bpfprog.OpenService(found.Name)
@@ -223,17 +232,17 @@ func deleteService(found inspect.Service) (removed []string, err error) {
 
 // leave empties the slots that a service has in a group, and removes the group
 // if no other service uses it.
-func leave(group inspect.Group, s inspect.Service, l inspect.Listener) (removed bool, err error) {
+func leave(group inspect.Group, s inspect.Service, app int) (removed bool, err error) {
 	g, err := inspect.OpenGroup(group.Name)
 	if err != nil {
 		return false, err
 	}
 	defer func() { err = errors.Join(err, g.Close()) }()
-	if len(group.Services) <= 1 {
+	if !slices.ContainsFunc(group.Services, func(other string) bool { return other != s.Name }) {
 		return true, g.Remove()
 	}
 	for _, generation := range s.Generations {
-		if err := g.Clear(l.App, generation.Bank); err != nil {
+		if err := g.Clear(app, generation.Bank); err != nil {
 			return false, err
 		}
 	}

@@ -25,9 +25,6 @@ Flags:
   --from ADDRESS   who sent the payload, such as 192.0.2.1:4711
   --trace          each instruction of the classic program, and the registers after it
 
-Which of a generation's sockets a new flow gets depends on a hash that is the kernel's secret: the one that is
-shown is an example.
-
 Exit status 3: there is no such group.
 
 Examples:

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"grm/bpfprog"
 	"grm/config"
 )
 
@@ -163,6 +164,30 @@ func TestNamedTestsExist(t *testing.T) {
 	}
 }
 
+// Each event that can be counted is explained to operators, and no other.
+func TestEventsAreExplained(t *testing.T) {
+	text := documents(t)["docs/operations.md"]
+	table := text[strings.Index(text, "| event |"):]
+	table, _, _ = strings.Cut(table, "\n\n")
+	explained := map[string]bool{}
+	for line := range strings.Lines(table) {
+		first, _, _ := strings.Cut(strings.TrimPrefix(line, "|"), "|")
+		for _, m := range span.FindAllStringSubmatch(first, -1) {
+			explained[m[1]] = true
+		}
+	}
+	for c := range len(bpfprog.Counters{}) {
+		name := bpfprog.Counter(c).String()
+		if !explained[name] {
+			t.Errorf("docs/operations.md does not explain %s", name)
+		}
+		delete(explained, name)
+	}
+	for name := range explained {
+		t.Errorf("docs/operations.md explains %s, which is not counted", name)
+	}
+}
+
 // helps builds the commands and asks each for its help; grm's also for each of
 // its own commands, as "grm status".
 func helps(t *testing.T) map[string]string {
@@ -209,6 +234,19 @@ func flags(text string) []string {
 	}
 	slices.Sort(all)
 	return slices.Compact(all)
+}
+
+// listed are the flags that a help text lists: a line each, before what is said of them.
+func listed(help string) []string {
+	var all []string
+	for line := range strings.Lines(help) {
+		line = strings.TrimSpace(line)
+		if strings.HasPrefix(line, "-") {
+			line, _, _ = strings.Cut(line, "  ")
+			all = append(all, flags(line)...)
+		}
+	}
+	return all
 }
 
 func has(help, f string) bool {
@@ -272,7 +310,7 @@ func TestManualPages(t *testing.T) {
 		offered := map[string]bool{}
 		for name, h := range helps {
 			if name == c || (c == "grm" && strings.HasPrefix(name, "grm ")) {
-				for _, f := range flags(h) {
+				for _, f := range listed(h) {
 					offered[f] = true
 				}
 			}
