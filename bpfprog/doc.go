@@ -4,8 +4,8 @@
 // that imports cilium/ebpf.
 //
 // A group is one reuseport group of the kernel. Its maps (c/group.h) are root's
-// alone, but for the flow table, which a service may read. A service has one
-// control map (package control), which the programs of all its groups read,
+// alone, but for the flow table, which its service maps to count flows. A
+// service has one control map (package control), which the programs of all its groups read,
 // and which its own user may write.
 //
 //	/sys/fs/bpf/grm/<netns cookie>/groups/<protocol>-<address>-<port>/

@@ -36,8 +36,7 @@ type Group struct {
 	dir                      string
 	meta, slots, counters    *ebpf.Map
 	sockets, flows, controls *ebpf.Map // flows, controls: nil if the group has none
-	flowsReadOnly            *ebpf.Map
-	mem                      []byte // meta, mapped
+	mem                      []byte    // meta, mapped
 	joined                   [Apps]*Service
 }
 
@@ -298,7 +297,7 @@ func (g *Group) Close() error {
 		err = unix.Munmap(g.mem)
 		g.mem = nil
 	}
-	for _, m := range []*ebpf.Map{g.meta, g.slots, g.counters, g.sockets, g.flows, g.flowsReadOnly, g.controls} {
+	for _, m := range []*ebpf.Map{g.meta, g.slots, g.counters, g.sockets, g.flows, g.controls} {
 		if m != nil {
 			err = errors.Join(err, m.Close())
 		}
@@ -483,20 +482,18 @@ func (g *Group) program() (*ebpf.Program, error) {
 	return nil, errors.New("no program (a service has to join first)")
 }
 
-// FlowsFD is a read-only descriptor of the flow table, for package flowtable.
-// It stays the group's. False if the group has no table.
+// FlowsFD is the flow table's descriptor, for package flowtable to count with.
+// It stays the group's. False if the group has no table, or not one service's
+// alone.
+//
+// The kernel maps no descriptor that is read-only (it drops VM_SHARED, which
+// BPF maps insist on), so whoever gets this one could write. What that can
+// spoil is where the service's own flows go; the programs bound all they read.
 func (g *Group) FlowsFD() (int, bool) {
-	if g.flows == nil {
+	if g.Spec.Dissector.Kind != Flow || g.Spec.MaxApps > 1 {
 		return -1, false
 	}
-	if g.flowsReadOnly == nil {
-		m, err := ebpf.LoadPinnedMap(filepath.Join(g.dir, "flows"), &ebpf.LoadPinOptions{ReadOnly: true})
-		if err != nil {
-			return -1, false
-		}
-		g.flowsReadOnly = m
-	}
-	return g.flowsReadOnly.FD(), true
+	return g.flows.FD(), true
 }
 
 // FlowEntry is one live flow.

@@ -191,14 +191,25 @@ struct flow_insert {
 #define FLOW_NONE (2 * FLOW_WAYS)
 #define FLOW_OTHER (2 * FLOW_WAYS + 1)
 
-struct flow_victim {
+struct flow_candidate {
+	__u32 way; /* 0..15, or FLOW_NONE */
 	__u32 last; /* what its word was */
-	__u32 way;  /* 0..15; FLOW_NONE: only live assured ones; FLOW_OTHER: the key has another way by now */
+};
+
+/* All fields are working memory of flow_victim but the first. */
+struct flow_victim {
+	struct flow_candidate best; /* way: FLOW_NONE: only live assured ones; FLOW_OTHER: the key has another way by now */
+	struct flow_candidate free[2];
+	__u32 live[2];
+	__u32 age;
+	__u32 pad;
 };
 
 /*
- * This and the next two are global functions: the verifier looks at each once,
- * and not again for each way through the loops of the others.
+ * The functions from here on are global ones: the verifier looks at each once,
+ * and not again for each way through the loops of the others. flow_victim keeps
+ * what it has found so far in memory that the verifier does not follow, or it
+ * would look at each way again for each thing that may have been found before.
  *
  * The way to give up: the one to renew; else a free or expired one, from the
  * emptier bucket; else the oldest embryo of both.
@@ -206,8 +217,6 @@ struct flow_victim {
 __noinline int flow_victim(struct flow_insert *in, struct flow_victim *v)
 {
 	struct flow_bucket *b0, *b1;
-	__u32 free[2] = { FLOW_NONE, FLOW_NONE }, free_last[2] = {}, live[2] = {};
-	__u32 oldest = FLOW_NONE, oldest_last = 0, age = 0;
 
 	if (!in || !v)
 		return 0;
@@ -218,42 +227,40 @@ __noinline int flow_victim(struct flow_insert *in, struct flow_victim *v)
 	in->evicted = 0;
 	for (__u32 i = 0; i < 2 * FLOW_WAYS; i++) {
 		struct flow_bucket *b = i < FLOW_WAYS ? b0 : b1;
-		__u32 side = i / FLOW_WAYS & 1, way = i % FLOW_WAYS;
+		__u32 side = i / FLOW_WAYS & 1, way = i % FLOW_WAYS, age;
 		__u64 word = READ_ONCE(b->word[way]);
 		__u32 last = READ_ONCE(b->last[way]);
 
 		if (flow_settled(last) && flow_is(b, way, word, &in->key)) {
-			v->last = last;
-			v->way = i;
+			v->best.last = last;
+			v->best.way = i;
 			if (last == in->old_last && word == in->old_word)
 				return 0;
 			in->home = word;
-			v->way = FLOW_OTHER;
+			v->best.way = FLOW_OTHER;
 			return 0;
 		}
 		if (last == 0 || (flow_settled(last) && flow_expired(last, in->now))) {
-			free[side] = i;
-			free_last[side] = last;
+			WRITE_ONCE(v->free[side].way, i);
+			WRITE_ONCE(v->free[side].last, last);
 			continue;
 		}
-		live[side]++;
-		if (flow_settled(last) && !(last & FLOW_ASSURED) && in->now - (last & FLOW_STAMP) + 2 > age) {
-			age = in->now - (last & FLOW_STAMP) + 2;
-			oldest = i;
-			oldest_last = last;
+		WRITE_ONCE(v->live[side], READ_ONCE(v->live[side]) + 1);
+		if (!flow_settled(last) || last & FLOW_ASSURED)
+			continue;
+		age = in->now - (last & FLOW_STAMP) + 2; /* + 2: a stamp may be one ahead of this CPU's clock */
+		if (age > READ_ONCE(v->age)) {
+			WRITE_ONCE(v->age, age);
+			WRITE_ONCE(v->best.way, i);
+			WRITE_ONCE(v->best.last, last);
 		}
 	}
-	if (free[0] < FLOW_NONE && (live[0] <= live[1] || free[1] == FLOW_NONE)) {
-		v->way = free[0];
-		v->last = free_last[0];
-	} else if (free[1] < FLOW_NONE) {
-		v->way = free[1];
-		v->last = free_last[1];
-	} else {
-		v->way = oldest;
-		v->last = oldest_last;
-		in->evicted = oldest < FLOW_NONE;
-	}
+	if (v->free[0].way < FLOW_NONE && (v->live[0] <= v->live[1] || v->free[1].way == FLOW_NONE))
+		v->best = v->free[0];
+	else if (v->free[1].way < FLOW_NONE)
+		v->best = v->free[1];
+	else
+		in->evicted = v->best.way < FLOW_NONE;
 	return 0;
 }
 
@@ -310,26 +317,28 @@ __noinline int flow_insert(struct flow_insert *in)
 	if (!in)
 		return FLOW_FULL;
 	for (int try = 0; try < FLOW_RETRIES; try++) {
-		struct flow_victim v = { .way = FLOW_NONE };
+		struct flow_victim v = {
+			.best.way = FLOW_NONE, .free[0].way = FLOW_NONE, .free[1].way = FLOW_NONE,
+		};
 		int outcome = FLOW_INSERTED;
 		struct flow_bucket *b;
 		__u32 tentative, way;
 		__u64 word;
 
 		flow_victim(in, &v);
-		if (v.way == FLOW_OTHER)
+		if (v.best.way == FLOW_OTHER)
 			return FLOW_THERE;
-		if (v.way >= FLOW_NONE)
+		if (v.best.way >= FLOW_NONE)
 			return FLOW_FULL;
-		b = flow_bucket(in->key.bucket[v.way / FLOW_WAYS & 1]);
+		b = flow_bucket(in->key.bucket[v.best.way / FLOW_WAYS & 1]);
 		if (!b)
 			return FLOW_FULL;
-		way = v.way % FLOW_WAYS;
-		if (cmpxchg(&b->last[way], v.last, FLOW_BUSY) != v.last)
+		way = v.best.way % FLOW_WAYS;
+		if (cmpxchg(&b->last[way], v.best.last, FLOW_BUSY) != v.best.last)
 			continue;
 		/* Another CPU may have renewed it within the same stamp: then that one's home counts. */
 		word = READ_ONCE(b->word[way]);
-		if (v.last && v.last == in->old_last && word != in->old_word && flow_is(b, way, word, &in->key)) {
+		if (v.best.last && v.best.last == in->old_last && word != in->old_word && flow_is(b, way, word, &in->key)) {
 			in->home = word;
 			outcome = FLOW_THERE;
 		}
@@ -340,7 +349,7 @@ __noinline int flow_insert(struct flow_insert *in)
 		tentative = FLOW_TENTATIVE | bpf_get_prandom_u32() >> 2;
 		xchg(&b->last[way], tentative);
 		for (int look = 0; look < FLOW_RETRIES; look++) {
-			int verdict = flow_rivals(in, v.way);
+			int verdict = flow_rivals(in, v.best.way);
 
 			if (verdict == FLOW_LOST) {
 				cmpxchg(&b->last[way], tentative, 0);

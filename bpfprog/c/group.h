@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR MIT */
 /*
- * A group's own maps. All of them belong to root: the service's user has no
- * descriptor of any but the flow table, and that one can only be read.
+ * A group's own maps. All of them belong to root: a service's user has no
+ * descriptor of any, but for the flow table of a group that it has alone.
  */
 #ifndef GRM_GROUP_H
 #define GRM_GROUP_H

@@ -196,20 +196,20 @@ static __always_inline bool name_of(struct grm_bank *b, __u32 *name)
  */
 __noinline __u64 order_with_head(__u64 order, __u32 head)
 {
-	__u64 new = (__u64)head << 4;
-	__u32 n = 1;
+	__u64 list = order >> 4, before = 0, bank = head & (GRM_BANKS - 1);
+	__u32 n = order & 15;
 
+	if (n > GRM_FALLBACK)
+		n = GRM_FALLBACK;
 	for (__u32 i = 0; i < GRM_FALLBACK; i++) {
-		__u64 bank = order >> ((4 + 5 * i) & 63) & (GRM_BANKS - 1);
-
-		if (i >= (order & 15) || n >= GRM_FALLBACK)
-			break;
-		if (bank == head)
-			continue;
-		new |= bank << ((4 + 5 * n) & 63);
-		n++;
+		if (i < n && (list >> 5 * i & (GRM_BANKS - 1)) == bank)
+			return ((list & ~(before << 5 | 31)) | (list & before) << 5 | bank) << 4 | n;
+		before = before << 5 | 31;
 	}
-	return new | n;
+	if (n < GRM_FALLBACK)
+		n++;
+	/* What is beyond n is never looked at; the oldest of a full list falls out. */
+	return (list << 5 | bank) << 4 | n;
 }
 
 /* The bank of the newest generation that is called that; GRM_BANKS if none is. */

@@ -20,29 +20,61 @@ static __always_inline struct grm_control *app_control(__u32 app, bool apps)
 	return apps ? control_of_app(app) : the_control();
 }
 
-/* Selects a socket of a bank with n of them, by the packet's hash. False if none was found alive. */
-static __always_inline bool select_bank(struct sk_reuseport_md *md, __u32 app, __u32 bank, __u64 word,
-					struct choice *c)
+/* What the searches below found: home | tries << 32 | skipped << 48. */
+#define NOWHERE (~0ull)
+
+static __always_inline void found(struct choice *c, __u64 what)
+{
+	c->home = what;
+	c->tries = what >> 32 & 0xffff;
+	c->skipped = what >> 48;
+}
+
+/*
+ * Both searches are global functions: the verifier looks at them once. They
+ * run only if the first socket that was asked is dead.
+ */
+
+/* A socket of one bank, by the packet's hash: four neighbours from one place, then four from another. */
+__noinline __u64 search_bank(struct sk_reuseport_md *md, __u32 app, __u32 bank, __u64 word)
 {
 	__u32 n = GRM_WORD_SOCKETS(word), at = (__u64)md->hash * n >> 32;
 
 	for (__u32 i = 0; i < 2 * NEIGHBOURS; i++) {
-		__u32 index;
+		__u32 home, index;
 
 		if (i >= n)
 			break;
 		if (i == NEIGHBOURS)
 			at = (__u64)(md->hash * 0x9e3779b1u) * n >> 32;
-		c->home = GRM_HOME(app, bank, at & (GRM_SLOTS - 1), GRM_WORD_TAG(word));
-		index = GRM_HOME_INDEX(c->home);
-		if (bpf_sk_select_reuseport(md, &slots, &index, 0) == 0) {
-			c->tries = i;
-			return true;
-		}
+		home = GRM_HOME(app & (GRM_APPS - 1), bank & (GRM_BANKS - 1), at & (GRM_SLOTS - 1), GRM_WORD_TAG(word));
+		index = GRM_HOME_INDEX(home);
+		if (bpf_sk_select_reuseport(md, &slots, &index, 0) == 0)
+			return home | (__u64)i << 32;
 		if (++at >= n)
 			at = 0;
 	}
-	return false;
+	return NOWHERE;
+}
+
+/* A socket of the newest bank of an order that has a live one. */
+__noinline __u64 search_order(struct sk_reuseport_md *md, __u32 app, __u64 order)
+{
+	struct grm_meta *m = the_meta();
+
+	if (!m)
+		return NOWHERE;
+	for (__u32 i = 0; i < GRM_FALLBACK; i++) {
+		__u32 bank = order >> (4 + 5 * i) & (GRM_BANKS - 1);
+		__u64 what;
+
+		if (i >= (order & 15))
+			break;
+		what = search_bank(md, app, bank, READ_ONCE(m->bank[app & (GRM_APPS - 1)][bank].word));
+		if (what != NOWHERE)
+			return what | (__u64)i << 48;
+	}
+	return NOWHERE;
 }
 
 /* A place that a flow or a cookie names. False if nothing of its bank lives. */
@@ -50,6 +82,7 @@ static __always_inline bool select_home(struct sk_reuseport_md *md, __u32 home, 
 					__u64 word, struct choice *c)
 {
 	__u32 index = GRM_HOME_INDEX(home);
+	__u64 what;
 
 	c->control = control;
 	c->home = home;
@@ -57,8 +90,10 @@ static __always_inline bool select_home(struct sk_reuseport_md *md, __u32 home, 
 	if (likely(bpf_sk_select_reuseport(md, &slots, &index, 0) == 0))
 		return true;
 	count(GRM_DEAD_SLOT);
-	if (!select_bank(md, GRM_HOME_APP(home), GRM_HOME_BANK(home), word, c))
+	what = search_bank(md, GRM_HOME_APP(home), GRM_HOME_BANK(home), word);
+	if (what == NOWHERE)
 		return false;
+	found(c, what);
 	c->tries++;
 	return true;
 }
@@ -93,7 +128,8 @@ static __always_inline struct grm_control *resolve_app(__u32 *app, bool apps)
 static __always_inline bool select_new(struct sk_reuseport_md *md, struct grm_meta *m, __u32 app,
 				       struct grm_control *control, struct choice *c)
 {
-	__u64 order;
+	__u32 bank, index, n;
+	__u64 order, word, what;
 
 	if (!control) {
 		count(GRM_DROPPED_NO_SOCKET);
@@ -104,19 +140,25 @@ static __always_inline bool select_new(struct sk_reuseport_md *md, struct grm_me
 		return false;
 	}
 	c->control = control;
+	c->tries = c->skipped = 0;
 	order = READ_ONCE(control->order);
-	for (__u32 i = 0; i < GRM_FALLBACK; i++) {
-		__u32 bank = order >> (4 + 5 * i) & (GRM_BANKS - 1);
-
-		if (i >= (order & 15))
-			break;
-		if (!select_bank(md, app, bank, READ_ONCE(m->bank[app & (GRM_APPS - 1)][bank].word), c))
-			continue;
-		c->skipped = i;
-		return true;
+	bank = order >> 4 & (GRM_BANKS - 1);
+	word = READ_ONCE(m->bank[app & (GRM_APPS - 1)][bank].word);
+	n = GRM_WORD_SOCKETS(word);
+	if (likely(order & 15 && n)) {
+		c->home = GRM_HOME(app & (GRM_APPS - 1), bank, (__u64)md->hash * n >> 32 & (GRM_SLOTS - 1),
+				   GRM_WORD_TAG(word));
+		index = GRM_HOME_INDEX(c->home);
+		if (likely(bpf_sk_select_reuseport(md, &slots, &index, 0) == 0))
+			return true;
 	}
-	count(GRM_DROPPED_NO_SOCKET);
-	return false;
+	what = search_order(md, app, order);
+	if (what == NOWHERE) {
+		count(GRM_DROPPED_NO_SOCKET);
+		return false;
+	}
+	found(c, what);
+	return true;
 }
 
 /* Counts a packet for the bank that gets it. */
