@@ -11,7 +11,6 @@ import (
 
 	"grm/bpfprog/model"
 	"grm/control"
-	"grm/internal/flowtable"
 )
 
 // State is what the group's program sees now, for package model to say what it
@@ -40,21 +39,18 @@ func (g *Group) state() (*model.State, error) {
 			return nil, fmt.Errorf("app %d: %w", app, err)
 		}
 	}
-	for i := range s.Names {
-		n := atomic.LoadUint32(&g.header().Names[i])
-		if name := (model.Name{Used: n&nameUsed != 0, App: int(n >> 8 & 15), Bank: int(n & 31), Serial: uint16(n >> 16 & tagMask)}); name.App < apps {
-			s.Names[i] = name
+	for i, n := range g.Names() {
+		if n.App < apps {
+			s.Names[i] = model.Name(n)
 		}
 	}
-	if g.flows == nil {
-		return s, nil
-	}
-	return s, flowtable.Each(g.flows.FD(), func(e flowtable.Entry) bool {
+	err := g.Flows(func(e FlowEntry) bool {
 		if e.App < apps {
 			s.Flows[model.FlowKey(e.Remote)] = model.Home{App: e.App, Bank: e.Bank, Slot: e.Slot, Tag: e.Tag}
 		}
 		return true
 	})
+	return s, err
 }
 
 func (g *Group) readApp(app int, a *model.App) error {
