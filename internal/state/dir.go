@@ -27,7 +27,7 @@ type Dir struct {
 
 // Open opens the directory, and makes it if it is not there. It is for root.
 func Open(path string) (*Dir, error) {
-	if err := unix.Mkdir(path, 0o755); err != nil && !errors.Is(err, unix.EEXIST) {
+	if err := makeDir(unix.AT_FDCWD, path); err != nil {
 		return nil, fmt.Errorf("make %s: %w", path, err)
 	}
 	return open(path)
@@ -48,6 +48,20 @@ func owner(path string) uint32 {
 		return 0
 	}
 	return uint32(os.Geteuid())
+}
+
+// makeDir makes a directory that all may read, whatever the umask is: a unit's
+// UMask= is for its root commands too. One that is there stays as it is.
+func makeDir(at int, name string) error {
+	const mode = 0o755
+	err := unix.Mkdirat(at, name, mode)
+	if errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return unix.Fchmodat(at, name, mode, 0)
 }
 
 // Close closes the directory.
@@ -105,7 +119,7 @@ func (d *Dir) Write(s *State) error {
 	if err != nil {
 		return fmt.Errorf("state of %s: %w", s.Service, err)
 	}
-	if err := unix.Mkdirat(d.fd, s.Service, 0o755); err != nil && !errors.Is(err, unix.EEXIST) {
+	if err := makeDir(d.fd, s.Service); err != nil {
 		return fmt.Errorf("make %s: %w", filepath.Join(d.path, s.Service), err)
 	}
 	dir, err := openDir(d.fd, s.Service, filepath.Join(d.path, s.Service), owner(d.path))

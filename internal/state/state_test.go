@@ -66,6 +66,21 @@ func TestWriteRead(t *testing.T) {
 	}
 }
 
+// A unit's UMask=0077 must not hide the record from those who may read it.
+func TestUmask(t *testing.T) {
+	old := unix.Umask(0o077)
+	defer unix.Umask(old)
+	d := testDir(t)
+	if err := d.Write(sample()); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{d.path, filepath.Join(d.path, "echo")} {
+		if info, err := os.Stat(dir); err != nil || info.Mode().Perm() != 0o755 {
+			t.Errorf("%s: %v, mode %v", dir, err, info.Mode())
+		}
+	}
+}
+
 func TestAfterAKilledWrite(t *testing.T) {
 	d := testDir(t)
 	if err := d.Write(sample()); err != nil {
