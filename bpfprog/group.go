@@ -92,10 +92,7 @@ func CreateGroup(spec GroupSpec) (g *Group, err error) {
 		return nil, err
 	}
 	parent := filepath.Join(dir, "groups")
-	if err := os.MkdirAll(parent, 0o700); err != nil {
-		return nil, err
-	}
-	unlock, err := lock(parent)
+	unlock, err := enter(parent)
 	if err != nil {
 		return nil, err
 	}
@@ -311,6 +308,7 @@ func (g *Group) Remove() error {
 	if err := os.RemoveAll(g.dir); err != nil {
 		return fmt.Errorf("remove group %s: %w", g.Key(), err)
 	}
+	tidy(filepath.Dir(g.dir))
 	return nil
 }
 

@@ -97,7 +97,44 @@ func lock(dir string) (unlock func(), err error) {
 	if err := unix.Flock(int(d.Fd()), unix.LOCK_EX); err != nil {
 		return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), d.Close())
 	}
+	// Whoever had the lock before may have removed the directory.
+	ours, err := d.Stat()
+	named, err2 := os.Stat(dir)
+	if err := errors.Join(err, err2); err != nil || !os.SameFile(ours, named) {
+		return nil, errors.Join(fmt.Errorf("lock %s: removed meanwhile: %w", dir, fs.ErrNotExist), d.Close())
+	}
 	return func() { _ = d.Close() }, nil // closing a directory releases the lock, and has nothing to lose
+}
+
+// enter makes dir, if it is not there, and keeps others out of it until unlock
+// is called.
+func enter(dir string) (unlock func(), err error) {
+	for range 100 {
+		err = os.MkdirAll(dir, 0o700)
+		if err == nil {
+			unlock, err = lock(dir)
+		}
+		if !errors.Is(err, fs.ErrNotExist) { // tidied up meanwhile
+			return unlock, err
+		}
+	}
+	return nil, err
+}
+
+// tidy removes what is empty of dir and the two directories above it, which
+// enter makes anew. That is all that may fail, and no matter.
+func tidy(dir string) {
+	unlock, err := lock(dir)
+	if err != nil {
+		return
+	}
+	defer unlock()
+	for range 3 {
+		if os.Remove(dir) != nil {
+			return
+		}
+		dir = filepath.Dir(dir)
+	}
 }
 
 // publish pins everything that pin puts into a new directory, and gives it its

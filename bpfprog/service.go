@@ -62,10 +62,7 @@ func createService(name string) error {
 		return err
 	}
 	parent := filepath.Join(dir, "services")
-	if err := os.MkdirAll(parent, 0o700); err != nil {
-		return err
-	}
-	unlock, err := lock(parent)
+	unlock, err := enter(parent)
 	if err != nil {
 		return err
 	}
@@ -150,6 +147,7 @@ func (s *Service) Remove() error {
 	if err := os.RemoveAll(s.dir); err != nil {
 		return fmt.Errorf("remove service %s: %w", s.Name, err)
 	}
+	tidy(filepath.Dir(s.dir))
 	return nil
 }
 
