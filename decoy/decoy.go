@@ -101,7 +101,6 @@ func Defaults() Options {
 // Run plays the part of grm-decoy that this process has to play. It returns the
 // exit status, or an error for ExitFailure.
 func Run(o Options) (int, error) {
-	runtime.LockOSThread() // the signal mask is the thread's
 	st, err := currentStage()
 	if err != nil {
 		return ExitFailure, err

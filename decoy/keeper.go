@@ -20,9 +20,9 @@ const keeperComm = "grm-keeper"
 const (
 	// tick is how often a keeper looks at the control map.
 	tick = 200 * time.Millisecond
-	// handOver is how long after the end of a watch an older instance begins to
+	// handOverTime is how long after the end of a watch an older instance begins to
 	// drain: its sockets have left the fd store by then.
-	handOver = 250 * time.Millisecond
+	handOverTime = 250 * time.Millisecond
 	// emptying bounds the wait for queues that another process fills.
 	emptying = 2 * time.Second
 	// killAfter is when a drained server that ignores the stop signal is killed.
@@ -101,7 +101,8 @@ func (k *keeper) begin() error {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("become subreaper: %w", err)
 	}
-	if parent, err := open(os.Getppid()); err == nil {
+	adopted := k.env.get(adoptVar)
+	if parent, err := open(os.Getppid()); err == nil && adopted == "" {
 		k.decoy = parent
 		k.loop.add(parent.pidfd, k.decoyEnded)
 	}
@@ -134,7 +135,31 @@ func (k *keeper) begin() error {
 	if err != nil {
 		return err
 	}
+	if adopted != "" {
+		return k.adopt(adopted)
+	}
 	return k.start(in.servers)
+}
+
+// adopt takes over a server whose keeper was killed. It is no child, so its
+// status will not be known; and what it says goes to the socket of its old
+// keeper, which is gone.
+func (k *keeper) adopt(pid string) error {
+	n, err := strconv.Atoi(pid)
+	if err != nil || k.ctl == nil {
+		return fmt.Errorf("%s=%s: no server to adopt", adoptVar, pid)
+	}
+	if k.server, err = openMember(n, ""); err != nil {
+		return err
+	}
+	k.adopted, k.phase = true, serving
+	k.loop.add(k.server.pidfd, k.childEnded)
+	k.ctl.SetPids(k.bank, k.pid, n)
+	if k.ctl.Bank(k.bank).State == control.Draining {
+		k.phase, k.told = draining, k.o.DrainSignal != 0
+	}
+	say("%s lost its keeper and has a new one (pid %d)", k, n)
+	return nil
 }
 
 func (k *keeper) openBank(in inherited) error {
@@ -148,6 +173,10 @@ func (k *keeper) openBank(in inherited) error {
 	}
 	k.again = k.env.get(verbVar) == control.Again.String()
 	k.generation = k.ctl.Bank(k.bank).Generation
+	if k.env.get(adoptVar) != "" {
+		k.sockets = in.sockets[k.generation] // what of them is still in the fd store
+		return nil
+	}
 	k.sockets, err = in.instance(k.generation, k.o.Listen)
 	return err
 }
@@ -287,7 +316,7 @@ func (k *keeper) replaced(now time.Duration) bool {
 		return false
 	}
 	b := k.ctl.Bank(head)
-	return b.State == control.Serving && now >= b.WatchUntil+handOver
+	return b.State == control.Serving && now >= b.WatchUntil+handOverTime
 }
 
 // older is the bank of an older instance that could work instead of this one,
@@ -316,8 +345,8 @@ func (k *keeper) probeFailed(reason string) {
 		return
 	}
 	k.ctl.StepBack(k.bank)
-	k.failed(reason)
 	k.beginDrain(control.Now())
+	k.failed(reason)
 }
 
 // failed tells that this instance has failed while another one serves. The
@@ -378,7 +407,9 @@ func (k *keeper) serverEnded(status int) {
 	if status == 0 && k.phase <= serving && k.succeed() {
 		return
 	}
-	if k.failure == "" {
+	if k.failure == "" && k.adopted {
+		k.failure = "nobody knows how"
+	} else if k.failure == "" {
 		k.failure = describe(status)
 	}
 	switch {

@@ -72,13 +72,13 @@ func serve(todo []string) {
 	go func() {
 		for s := range signals {
 			report("signal %d", int(s.(syscall.Signal)))
-			if (s == syscall.SIGTERM || s == syscall.SIGQUIT) && !slices.Contains(todo, "ignore-term") {
-				if s == syscall.SIGTERM && slices.Contains(todo, "urg-on-term") {
-					_ = syscall.Kill(os.Getppid(), syscall.SIGURG)
-					continue
-				}
-				signal.Reset(s)
-				_ = syscall.Kill(os.Getpid(), s.(syscall.Signal))
+			switch {
+			case slices.Contains(todo, "ignore-term"):
+			case s == syscall.SIGTERM && slices.Contains(todo, "urg-on-term"):
+				_ = syscall.Kill(os.Getppid(), syscall.SIGURG)
+			case s == syscall.SIGTERM, s == syscall.SIGQUIT:
+				signal.Reset(syscall.SIGTERM)
+				_ = syscall.Kill(os.Getpid(), syscall.SIGTERM)
 			}
 		}
 	}()

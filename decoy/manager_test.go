@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -39,6 +38,8 @@ type manager struct {
 	reports chan string
 	heard   []string // reports that were taken
 	env     []string
+	binary  string   // grm-decoy, if not the test binary
+	args    []string // and its arguments
 
 	ctl   *control.Map
 	ctlFD int
@@ -53,16 +54,7 @@ type run struct {
 	m    *manager
 	cmd  *exec.Cmd
 	done chan error
-	err  *lockedBuffer
 }
-
-type lockedBuffer struct {
-	sync.Mutex
-	b bytes.Buffer
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) { b.Lock(); defer b.Unlock(); return b.b.Write(p) }
-func (b *lockedBuffer) String() string              { b.Lock(); defer b.Unlock(); return b.b.String() }
 
 func newManager(t *testing.T, server ...string) *manager {
 	t.Helper()
@@ -228,8 +220,10 @@ func (m *manager) start() *run {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	r := &run{m: m, cmd: exec.Command(self(), "decoy", string(text)), done: make(chan error, 1), err: &lockedBuffer{}}
-	r.cmd.Stdout, r.cmd.Stderr = os.Stdout, os.Stderr
+	r := &run{m: m, cmd: exec.Command(self(), "decoy", string(text)), done: make(chan error, 1)}
+	if m.binary != "" {
+		r.cmd = exec.Command(m.binary, m.args...)
+	}
 	var names []string
 	for i, d := range m.store {
 		dup, err := unix.FcntlInt(uintptr(d.fd), unix.F_DUPFD_CLOEXEC, 0)

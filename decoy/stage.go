@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -80,6 +81,19 @@ func setMask(how int, mask uint64) (old uint64, err error) {
 	return was.Val[0], nil
 }
 
+// withMask calls f, which starts a child, with more signals blocked.
+func withMask(more uint64, f func() (process, error)) (process, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	old, err := setMask(unix.SIG_BLOCK, more)
+	if err != nil {
+		return process{}, err
+	}
+	p, err := f()
+	_, err2 := setMask(unix.SIG_SETMASK, old)
+	return p, errors.Join(err, err2)
+}
+
 // become turns this process into the server or a probe. It returns only if
 // that fails.
 func (s stage) become(o Options) (int, error) {
@@ -97,6 +111,7 @@ func (s stage) become(o Options) (int, error) {
 	if env.get("INVOCATION_ID") != "" {
 		signal.Ignore(unix.SIGPIPE)
 	}
+	runtime.LockOSThread() // for the mask, which is the thread's
 	if _, err := setMask(unix.SIG_SETMASK, s.mask); err != nil {
 		return ExitFailure, err
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"syscall"
@@ -24,6 +25,9 @@ const (
 	// barrier bounds the wait for systemd before the end.
 	barrier = 2 * time.Second
 )
+
+// rolledBack is why another instance works if no keeper said why.
+const rolledBack = "rolled back by hand"
 
 type speech int
 
@@ -140,48 +144,26 @@ func keeperName(generation uint64) string { return nameKeeper + strconv.FormatUi
 // startKeeper starts an instance: its keeper gets everything that is for the
 // server, and the link.
 func (d *decoy) startKeeper(st stage, verb control.Verb) error {
-	decoys, keepers, err := newLink()
-	if err != nil {
-		return err
-	}
-	defer unix.Close(keepers)
-	d.link = openLink(decoys)
-	files, names := []int{0, 1, 2, keepers}, []string{nameLink}
-	give := func(fd int, name string) { files, names = append(files, fd), append(names, name) }
-	env := d.env
-	var sockets []socket
+	d.adoptOrphans(st)
+	h := handOver{env: d.env, files: d.in.servers, generation: d.generation}
 	if d.ctl != nil {
-		if sockets, err = d.in.instance(d.generation, d.o.Listen); err != nil {
+		sockets, err := d.in.instance(d.generation, d.o.Listen)
+		if err != nil {
 			return fmt.Errorf("gen %d: %w", d.generation, err)
 		}
-		give(d.in.control, nameControl)
-		for listener, fd := range d.in.flows {
-			give(fd, nameFlows+listener)
-		}
-		for _, s := range sockets {
-			give(s.fd, s.name)
-		}
-		env = env.set(bankVar, strconv.Itoa(d.bank)).set(verbVar, verb.String())
-		// The next decoy finds its way to the keeper by this.
-		if err := d.conn.Store(keeperName(d.generation), decoys); err != nil {
-			return err
-		}
-		d.stored[d.generation] = append(d.stored[d.generation], keeperName(d.generation))
+		h = d.handOver(d.bank, d.generation, sockets)
+		h.files = append(h.files, d.in.servers...)
+		h.env = h.env.set(verbVar, verb.String())
 	}
-	for _, s := range d.in.servers {
-		give(s.fd, s.name)
-	}
-	if _, err := setMask(unix.SIG_BLOCK, urgent); err != nil {
+	var fd int
+	var err error
+	if d.keeper, fd, err = d.launch(st, h); err != nil {
 		return err
 	}
-	d.keeper, err = spawn(keeperComm, env.forKeeper(st, names).blockUrgent(), files, syscall.SysProcAttr{Setsid: true})
-	if _, err2 := setMask(unix.SIG_SETMASK, st.mask); err != nil || err2 != nil {
-		return errors.Join(err, err2)
-	}
-	d.child = true
+	d.child, d.link = true, openLink(fd)
 	d.dropFDs()
 	d.loop.add(d.keeper.pidfd, d.keeperEnded)
-	d.loop.add(d.link.fd, d.fromKeeper)
+	d.loop.add(fd, d.fromKeeper)
 	if d.ctl == nil {
 		d.phase = speaking
 		return nil
@@ -189,6 +171,96 @@ func (d *decoy) startKeeper(st stage, verb control.Verb) error {
 	d.ctl.SetPids(d.bank, d.keeper.pid, 0)
 	d.show()
 	return nil
+}
+
+// handOver is what a keeper gets.
+type handOver struct {
+	env        environ
+	files      []named
+	generation uint64 // 0: none
+}
+
+// handOver is what every keeper of a generation gets. The descriptors stay the
+// decoy's.
+func (d *decoy) handOver(bank int, generation uint64, sockets []socket) handOver {
+	h := handOver{env: d.env.set(bankVar, strconv.Itoa(bank)), generation: generation}
+	h.files = append(h.files, named{nameControl, d.in.control})
+	for listener, fd := range d.in.flows {
+		h.files = append(h.files, named{nameFlows + listener, fd})
+	}
+	for _, s := range sockets {
+		h.files = append(h.files, s.named)
+	}
+	return h
+}
+
+// launch starts a keeper and returns the decoys' end of the link to it, which
+// the next decoy finds in the fd store.
+func (d *decoy) launch(st stage, h handOver) (keeper process, fd int, err error) {
+	fd, keepers, err := newLink()
+	if err != nil {
+		return process{}, -1, err
+	}
+	defer unix.Close(keepers)
+	files, names := []int{0, 1, 2, keepers}, []string{nameLink}
+	for _, f := range h.files {
+		files, names = append(files, f.fd), append(names, f.name)
+	}
+	if h.generation != 0 {
+		name := keeperName(h.generation)
+		if slices.Contains(d.stored[h.generation], name) {
+			err = d.conn.Forget(name) // of a keeper that is gone
+		} else {
+			d.stored[h.generation] = append(d.stored[h.generation], name)
+		}
+		err = errors.Join(err, d.conn.Store(name, fd))
+	}
+	if err == nil {
+		keeper, err = withMask(urgent, func() (process, error) {
+			return spawn(keeperComm, h.env.forKeeper(st, names).blockUrgent(), files, syscall.SysProcAttr{Setsid: true})
+		})
+	}
+	if err != nil {
+		_ = unix.Close(fd) // nobody is at the other end
+		return process{}, -1, err
+	}
+	return keeper, fd, nil
+}
+
+// adoptOrphans gives servers whose keeper was killed a new one, so that they
+// are drained like any other. Without it they would serve for ever.
+func (d *decoy) adoptOrphans(st stage) {
+	if d.ctl == nil {
+		return
+	}
+	for b := range control.Banks {
+		bank := d.ctl.Bank(b)
+		if b == d.bank || bank.ReadyAt == 0 || bank.State != control.Serving && bank.State != control.Draining {
+			continue
+		}
+		if p, err := openMember(bank.Keeper, keeperComm); err == nil {
+			p.close()
+			continue
+		}
+		p, err := openMember(bank.Server, "")
+		if err != nil {
+			continue // it is gone as well
+		}
+		p.close()
+		h := d.handOver(b, bank.Generation, d.in.sockets[bank.Generation])
+		h.env = h.env.set(adoptVar, strconv.Itoa(bank.Server))
+		keeper, fd, err := d.launch(st, h)
+		if err != nil {
+			say("gen %d: its keeper was killed, and there is no new one: %v", bank.Generation, err)
+			continue
+		}
+		if old, found := d.in.keepers[bank.Generation]; found {
+			_ = unix.Close(old) // nobody is at the other end
+		}
+		d.in.keepers[bank.Generation] = fd
+		d.loop.add(keeper.pidfd, d.keeperEnded)
+		d.waiting = append(d.waiting, keeper)
+	}
 }
 
 // dropFDs closes what is the server's: only its keeper needs it from now on,
@@ -276,6 +348,7 @@ func (d *decoy) ready() {
 	}
 	d.shown = d.line(control.Now())
 	d.tell("READY=1\nSTATUS=" + d.shown)
+	debug.FreeOSMemory() // of the start; nothing is urgent now
 }
 
 func (d *decoy) tell(text string, fds ...int) {
@@ -302,8 +375,7 @@ func (d *decoy) step(now time.Duration) {
 		d.ready() // its message found the link full
 	}
 	if head := d.ctl.Working(); d.phase == speaking && head >= 0 && head != d.bank && d.ctl.Bank(head).State == control.Serving {
-		// An operator's rollback, or a flip back whose message found the link full.
-		d.goBack("rolled back")
+		d.goBack(rolledBack)
 	}
 	d.forget(now)
 	if d.phase != left {
@@ -429,10 +501,17 @@ func (d *decoy) keeperEnded() error {
 		d.keeper.close()
 		d.instanceEnded()
 	}
-	if d.phase == stoppingAll && d.keeper.pid == 0 && len(d.waiting) == 0 {
-		d.finish()
+	if d.phase == stoppingAll {
+		d.stopped()
 	}
 	return nil
+}
+
+// stopped ends this process once nothing of the service runs any more.
+func (d *decoy) stopped() {
+	if d.keeper.pid == 0 && len(d.waiting) == 0 {
+		d.finish()
+	}
 }
 
 // instanceEnded: systemd is to start the service again, unless an older
@@ -440,7 +519,9 @@ func (d *decoy) keeperEnded() error {
 func (d *decoy) instanceEnded() {
 	switch {
 	case d.phase == stoppingAll:
-	case d.phase == speaking && d.ctl != nil && d.goBack("ended"):
+	case d.phase == speaking && d.ctl != nil && d.ctl.Closing():
+		d.stopAll() // ExecStop= was here, and SIGTERM is under way
+	case d.phase == speaking && d.ctl != nil && d.goBack(rolledBack):
 	default:
 		if !d.child {
 			d.status = ExitFailure
@@ -528,7 +609,7 @@ func (d *decoy) stopAll() {
 		d.loop.add(p.pidfd, d.keeperEnded)
 		d.waiting = append(d.waiting, p)
 	}
-	if d.keeper.pid == d.ctl.Bank(d.bank).Server {
+	if d.keeper.pid != 0 && d.keeper.pid == d.ctl.Bank(d.bank).Server {
 		d.keeper.kill(d.o.StopSignal) // its keeper was killed
 	}
 	d.tell("STATUS=stopping")

@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"time"
 
@@ -143,8 +144,8 @@ func parseSignal(s string) (unix.Signal, error) {
 	if n := unix.SignalNum(name); n != 0 {
 		return n, nil
 	}
-	var n int
-	if _, err := fmt.Sscanf(s, "%d", &n); err != nil || n < 1 || n > 64 || fmt.Sprint(n) != s {
+	n, err := strconv.Atoi(s)
+	if err != nil || n < 1 || n > 64 {
 		return 0, errors.New("no such signal")
 	}
 	return unix.Signal(n), nil
