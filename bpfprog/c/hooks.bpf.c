@@ -343,11 +343,11 @@ static __always_inline int same_dissector(struct bpf_sockopt *ctx)
 		return EINVAL;
 	if ((d->type & ~ABI_VERBOSE) != abi_type)
 		return EPERM;
-	if ((void *)d + 8 <= ctx->optval_end && d->timeout && d->timeout != abi_timeout)
+	if (ctx->optlen >= 8 && (void *)d + 8 <= ctx->optval_end && d->timeout && d->timeout != abi_timeout)
 		return EPERM;
-	if ((void *)d + 12 <= ctx->optval_end && d->max_apps > 1 && d->max_apps != abi_apps)
+	if (ctx->optlen >= 12 && (void *)d + 12 <= ctx->optval_end && d->max_apps > 1 && d->max_apps != abi_apps)
 		return EPERM;
-	if ((void *)d + 16 <= ctx->optval_end && d->digest)
+	if (ctx->optlen >= 16 && (void *)d + 16 <= ctx->optval_end && d->digest)
 		return EPERM;
 	if ((void *)(d + 1) <= ctx->optval_end && abi_type == ABI_CBPF) {
 		if (d->length != abi_length)
@@ -370,11 +370,13 @@ static __always_inline int set_abi(struct bpf_sockopt *ctx, struct grm_socket *s
 		struct sockaddr_in6 *six = ctx->optval;
 		struct sockaddr_in *four = ctx->optval;
 
-		if ((void *)(six + 1) <= ctx->optval_end && six->family == AF_INET6) {
+		if (ctx->optlen >= (__s32)sizeof(*six) && (void *)(six + 1) <= ctx->optval_end &&
+		    six->family == AF_INET6) {
 			in.key.address.high = (__u64)six->address[1] << 32 | six->address[0];
 			in.key.address.low = (__u64)six->address[3] << 32 | six->address[2];
 			in.key.port = six->port;
-		} else if ((void *)(four + 1) <= ctx->optval_end && four->family == AF_INET) {
+		} else if (ctx->optlen >= (__s32)sizeof(*four) && (void *)(four + 1) <= ctx->optval_end &&
+			   four->family == AF_INET) {
 			flow_set_ipv4(&in.key, four->address);
 			in.key.port = four->port;
 		} else {
@@ -387,7 +389,8 @@ static __always_inline int set_abi(struct bpf_sockopt *ctx, struct grm_socket *s
 		error = same_dissector(ctx);
 		return error ? refuse(error) : swallow(ctx);
 	}
-	if ((void *)(value + 1) > ctx->optval_end)
+	/* The kernel's buffer is longer than a short value, so its end does not tell. */
+	if (ctx->optlen < (__s32)sizeof(*value) || (void *)(value + 1) > ctx->optval_end)
 		return refuse(EINVAL);
 	switch (ctx->optname) {
 	case UDP_GRM_WORKING_GEN:
