@@ -199,6 +199,8 @@ func putHint(err error) string {
 	switch {
 	case errors.Is(err, unix.EINVAL):
 		return " (the socket must be bound with SO_REUSEPORT, and for TCP listen; connect(2) takes it out for good)"
+	case errors.Is(err, ebpf.ErrNotSupported):
+		return " (only plain UDP and TCP sockets can be in one, not those of MPTCP)"
 	case errors.Is(err, unix.EBUSY):
 		return " (the socket is in another slot)"
 	}

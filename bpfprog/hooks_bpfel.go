@@ -92,6 +92,7 @@ const (
 	hooksVarFlowTimeout   = "flow_timeout"
 	hooksVarGroupAddress  = "group_address"
 	hooksVarGroupBound    = "group_bound"
+	hooksVarGroupNetns    = "group_netns"
 	hooksVarGroupPort     = "group_port"
 	hooksVarGroupProtocol = "group_protocol"
 	hooksVarMaxApps       = "max_apps"
@@ -173,6 +174,7 @@ type hooksVariableSpecs struct {
 	FlowTimeout   *ebpf.VariableSpec `ebpf:"flow_timeout"`
 	GroupAddress  *ebpf.VariableSpec `ebpf:"group_address"`
 	GroupBound    *ebpf.VariableSpec `ebpf:"group_bound"`
+	GroupNetns    *ebpf.VariableSpec `ebpf:"group_netns"`
 	GroupPort     *ebpf.VariableSpec `ebpf:"group_port"`
 	GroupProtocol *ebpf.VariableSpec `ebpf:"group_protocol"`
 	MaxApps       *ebpf.VariableSpec `ebpf:"max_apps"`
@@ -234,6 +236,7 @@ type hooksVariables struct {
 	FlowTimeout   *ebpf.Variable `ebpf:"flow_timeout"`
 	GroupAddress  *ebpf.Variable `ebpf:"group_address"`
 	GroupBound    *ebpf.Variable `ebpf:"group_bound"`
+	GroupNetns    *ebpf.Variable `ebpf:"group_netns"`
 	GroupPort     *ebpf.Variable `ebpf:"group_port"`
 	GroupProtocol *ebpf.Variable `ebpf:"group_protocol"`
 	MaxApps       *ebpf.Variable `ebpf:"max_apps"`

@@ -57,16 +57,25 @@ func isBPFFS() bool {
 // Dir is where the groups and services of the caller's network namespace are
 // pinned. It need not exist.
 func Dir() (string, error) {
+	cookie, err := netnsCookie()
+	if err != nil {
+		return "", fmt.Errorf("network namespace: %w", err)
+	}
+	return filepath.Join(Root, fmt.Sprint(cookie)), nil
+}
+
+// netnsCookie names the calling thread's network namespace.
+func netnsCookie() (uint64, error) {
 	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return "", fmt.Errorf("network namespace: socket: %w", err)
+		return 0, fmt.Errorf("socket: %w", err)
 	}
 	defer func() { _ = unix.Close(s) }() // nothing was written
 	cookie, err := unix.GetsockoptUint64(s, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
 	if err != nil {
-		return "", fmt.Errorf("network namespace: getsockopt SO_NETNS_COOKIE: %w", err)
+		return 0, fmt.Errorf("getsockopt SO_NETNS_COOKIE: %w", err)
 	}
-	return filepath.Join(Root, fmt.Sprint(cookie)), nil
+	return cookie, nil
 }
 
 // entries lists a directory's names but those that are being built. A missing

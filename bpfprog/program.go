@@ -189,7 +189,12 @@ var abiType = map[Kind]uint32{Flow: 0, CBPF: 1, Noop: 4}
 // hookProgram is this build's program of h for service s, pinned in dir.
 func (g *Group) hookProgram(h hook, s *Service, dir string) (*ebpf.Program, error) {
 	d := g.Spec.Dissector
+	netns, err := netnsCookie()
+	if err != nil {
+		return nil, err
+	}
 	v := g.constants(variables{
+		"group_netns":    netns,
 		"group_port":     uint32(g.Spec.Address.Port()),
 		"group_protocol": protocol(g.Spec.Network),
 		"abi_type":       abiType[d.Kind],

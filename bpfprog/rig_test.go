@@ -129,6 +129,11 @@ func dial(t *testing.T, to netip.AddrPort) *net.UDPConn {
 func ask(t *testing.T, c *net.UDPConn) string {
 	t.Helper()
 	must(c.Write([]byte("hello")))(t)
+	return read(t, c)
+}
+
+func read(t *testing.T, c *net.UDPConn) string {
+	t.Helper()
 	check(t, c.SetReadDeadline(time.Now().Add(patience)))
 	buf := make([]byte, 2048)
 	n := must(c.Read(buf))(t)

@@ -143,6 +143,7 @@ static long (*const bpf_skb_load_bytes_relative)(const void *skb, __u32 off, voi
 static long (*const bpf_sk_select_reuseport)(struct sk_reuseport_md *md, void *map, void *key,
 					     __u64 flags) = (void *)82;
 static void *(*const bpf_sk_storage_get)(void *map, void *sk, void *value, __u64 flags) = (void *)107;
+static __u64 (*const bpf_get_netns_cookie)(void *ctx) = (void *)122;
 static __u64 (*const bpf_ktime_get_coarse_ns)(void) = (void *)160;
 static int (*const bpf_set_retval)(int retval) = (void *)187;
 

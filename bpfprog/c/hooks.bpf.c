@@ -85,6 +85,7 @@ struct {
 /* The group's address as bpf_sock shows it; set when loaded. */
 const volatile __u32 group_port = 0; /* host order */
 const volatile __u32 group_protocol = IPPROTO_UDP;
+const volatile __u64 group_netns = 0;
 const volatile __u32 group_bound = 0; /* 0: to any address; else AF_INET or AF_INET6 */
 const volatile __u32 group_address[4] = {};
 /* What UDP_GRM_DISSECTOR shows. */
@@ -94,7 +95,7 @@ const volatile __u32 abi_apps = 1;
 const volatile __u32 abi_length = 0;
 const volatile __u64 abi_filter[ABI_FILTERS] = {};
 
-/* Cheapest first: most sockets of a cgroup that are not the group's have another port. */
+/* Its address, that is: the options ask for the network namespace too. Cheapest first: most sockets of a cgroup that are not the group's have another port. */
 static __always_inline bool is_ours(struct bpf_sock *sk)
 {
 	if (sk->src_port != group_port || sk->protocol != group_protocol)
@@ -418,7 +419,7 @@ int set_option(struct bpf_sockopt *ctx)
 		   ctx->optname <= UDP_GRM_KEY && group_protocol == IPPROTO_UDP;
 	struct grm_socket *s;
 
-	if (likely(!program && !abi) || !ctx->sk || !is_ours(ctx->sk))
+	if (likely(!program && !abi) || !ctx->sk || !is_ours(ctx->sk) || bpf_get_netns_cookie(ctx) != group_netns)
 		return leave(ctx);
 	s = bpf_sk_storage_get(&sockets, ctx->sk, NULL, 0);
 	if (program) {
@@ -498,7 +499,7 @@ int get_option(struct bpf_sockopt *ctx)
 	__u32 *value, name;
 
 	if (likely(ctx->level != IPPROTO_UDP || ctx->optname < UDP_GRM_WORKING_GEN || ctx->optname > UDP_GRM_KEY) ||
-	    group_protocol != IPPROTO_UDP || !ctx->sk || !is_ours(ctx->sk))
+	    group_protocol != IPPROTO_UDP || !ctx->sk || !is_ours(ctx->sk) || bpf_get_netns_cookie(ctx) != group_netns)
 		return leave(ctx);
 	s = bpf_sk_storage_get(&sockets, ctx->sk, NULL, 0);
 	if (!s || !s->member)
