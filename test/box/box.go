@@ -64,6 +64,7 @@ type Box struct {
 	cgroup  string // the box's cgroup in the host's hierarchy
 	console *log   // what PID 1 wrote to its console and to stderr
 	ptmx    *os.File
+	slave   *os.File // held open: without one, reading ptmx ends with EIO, and a full terminal blocks PID 1
 
 	kill   context.CancelFunc
 	exited chan struct{} // closed once PID 1 was reaped
@@ -137,6 +138,9 @@ func (b *Box) boot(ctx context.Context) error {
 	if b.ptmx, slave, err = openPTY(); err != nil {
 		return err
 	}
+	if b.slave, err = os.OpenFile(slave, os.O_RDWR|unix.O_NOCTTY, 0); err != nil {
+		return fmt.Errorf("open the box's console: %w", err)
+	}
 	go io.Copy(b.console, b.ptmx) //nolint:errcheck // ends when the pty is closed by Stop
 
 	spec, err := json.Marshal(bootSpec{Options: b.opts, Console: slave})
@@ -208,6 +212,7 @@ func (b *Box) Stop() error {
 		}
 		if b.ptmx != nil {
 			b.ptmx.Close()
+			b.slave.Close()
 		}
 		if err := b.Wait("its cgroup is gone", func() (bool, error) { return removeCgroup(b.cgroup) == nil, nil }); err != nil {
 			b.err = fmt.Errorf("stop box: %w", errors.Join(err, removeCgroup(b.cgroup)))
