@@ -168,7 +168,6 @@ func (d *decoy) startKeeper(st stage, verb control.Verb) error {
 		d.phase = speaking
 		return nil
 	}
-	d.ctl.SetPids(d.bank, d.keeper.pid, 0)
 	d.show()
 	return nil
 }
