@@ -45,7 +45,7 @@ test: deps-test
 	@echo "make test: all of it passed"
 
 test-unit: build
-	@$(GOTEST) -timeout 10m $$($(GO) list ./... | grep -v -e '/test/stories' -e '/test/vm$$')
+	@$(GOTEST) -timeout 10m $$($(GO) list ./... | grep -v -e '/test/stories' -e '/test/operator' -e '/test/vm$$')
 
 test-race:
 	@CGO_ENABLED=1 $(GOTEST) -race -timeout 10m $(unprivileged)
@@ -54,7 +54,7 @@ test-fuzz:
 	@tools/fuzz $(FUZZTIME)
 
 test-stories: build
-	@$(GOTEST) -timeout 40m ./test/stories/...
+	@$(GOTEST) -timeout 40m ./test/stories/... ./test/operator
 
 # What the kernel decides, on Debian's kernels under qemu.
 test-kernels:
