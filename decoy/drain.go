@@ -3,8 +3,11 @@ package decoy
 import (
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"grm/control"
 	"grm/internal/flowtable"
+	"grm/internal/proc"
 )
 
 // beginDrain is called once another instance works and its watch is over, or
@@ -52,14 +55,71 @@ func (k *keeper) drain(now time.Duration) {
 }
 
 // quiet says whether nothing is left to wait for: no packet came for the grace,
-// and either no assured flow lives or none had a packet for the idle time.
+// either no assured flow lives or none had a packet for the idle time, and the
+// server has no connection open.
 func (k *keeper) quiet() bool {
 	s := k.ctl.Stats(k.bank)
 	longer := func(since, than time.Duration) bool { return since < 0 || since >= than }
 	if !longer(s.SincePacket, k.o.DrainGrace) {
 		return false
 	}
-	return longer(s.SinceAssured, k.o.DrainIdle) || k.flowless()
+	if !longer(s.SinceAssured, k.o.DrainIdle) && !k.flowless() {
+		return false
+	}
+	now := control.Now()
+	if k.connected.due(now) || k.connected == 0 {
+		k.connected = timer(now + connectionsEvery)
+		if n, err := k.connections(); n == 0 && err == nil {
+			k.connected = 0
+			return true
+		}
+	}
+	return false
+}
+
+// connectionsEvery is how often the server's connections are counted.
+const connectionsEvery = time.Second
+
+// connections counts what the group's program does not see: sockets with a
+// peer on the ports of this instance that the server's processes have, TCP's
+// and those of UDP servers that connect one for each flow. If a process does
+// not let itself be looked at, all on those ports count.
+func (k *keeper) connections() (int, error) {
+	pids, err := descendants(k.pid)
+	if err != nil {
+		return 0, err
+	}
+	if k.adopted {
+		pids = append(pids, k.server.pid)
+	}
+	hidden, inodes := false, map[uint64]bool{}
+	for _, pid := range pids {
+		its, err := proc.SocketInodes(pid)
+		hidden = hidden || err != nil
+		for _, inode := range its {
+			inodes[inode] = true
+		}
+	}
+	udp, tcp := map[uint16]bool{}, map[uint16]bool{}
+	for _, s := range k.sockets {
+		ports := udp
+		if kind, err := unix.GetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_TYPE); err == nil && kind == unix.SOCK_STREAM {
+			ports = tcp
+		}
+		switch sa, _ := unix.Getsockname(s.fd); sa := sa.(type) {
+		case *unix.SockaddrInet4:
+			ports[uint16(sa.Port)] = true
+		case *unix.SockaddrInet6:
+			ports[uint16(sa.Port)] = true
+		}
+	}
+	wanted := func(inode uint64) bool { return hidden || inodes[inode] }
+	n, err := proc.Connected("udp", udp, wanted)
+	if err != nil {
+		return 0, err
+	}
+	m, err := proc.Connected("tcp", tcp, wanted)
+	return n + m, err
 }
 
 // flowless says whether it is known that no assured flow lives.

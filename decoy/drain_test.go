@@ -2,6 +2,8 @@ package decoy
 
 import (
 	"net"
+	"os"
+	"path/filepath"
 	"strconv"
 	"testing"
 	"time"
@@ -149,6 +151,27 @@ func TestQueueIsEmptied(t *testing.T) {
 		if _, err := c.Read(buf); err != nil {
 			t.Fatalf("answer %d of 100: %v", i+1, err)
 		}
+	}
+	m.until("gen 1 ends", func() bool { return !alive(server1) })
+}
+
+// A server that connects a socket for each flow has flows that no program sees.
+func TestDrainWaitsForConnections(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "close")
+	m := newManager(t, "peer="+file, "say=READY=1").withControl()
+	first, server1 := m.begun()
+	first.leaves()
+	m.server = []string{"say=READY=1"}
+	m.begun()
+	m.until("gen 1 drains", func() bool { return m.bankOf(1).State == control.Draining })
+	for end := control.Now() + 5*tick; control.Now() < end; m.serve(10) {
+	}
+	if !alive(server1) || !m.ctl.Alive(m.bank[1]) {
+		t.Error("ended with a connected socket")
+	}
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
 	}
 	m.until("gen 1 ends", func() bool { return !alive(server1) })
 }

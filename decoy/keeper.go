@@ -75,6 +75,7 @@ type keeper struct {
 	readyBy    timer  // the ready timeout, or when the delay is over
 	emptyBy    timer
 	killAt     timer
+	connected  timer // when to count the server's connections again
 	goneAt     timer // when to let the decoy go after STOPPING=1
 	statusSent string
 }

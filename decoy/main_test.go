@@ -2,6 +2,7 @@ package decoy
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -12,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"grm/internal/notify"
 )
@@ -151,12 +154,18 @@ func steps(todo []string) {
 		case "urg":
 			_ = syscall.Kill(os.Getppid(), syscall.SIGURG)
 		case "wait": // for a file to appear
-			for i := 0; i < 6000; i++ {
-				if _, err := os.Stat(arg); err == nil {
-					break
-				}
-				time.Sleep(5 * time.Millisecond)
+			waitFor(arg)
+		case "peer": // is a client that this server has a socket for, until a file appears
+			sa, _ := unix.Getsockname(3)
+			fd, _ := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
+			if err := errors.Join(unix.Bind(fd, sa), unix.Connect(fd, &unix.SockaddrInet4{Port: 9, Addr: [4]byte{127, 0, 0, 1}})); err != nil {
+				report("peer: %v", err)
 			}
+			go func() {
+				waitFor(arg)
+				_ = unix.Close(fd)
+			}()
 		case "child": // a process that does these steps, in this session
 			start(strings.Split(arg, ";"), false)
 		case "daemon":
@@ -166,6 +175,15 @@ func steps(todo []string) {
 				time.Sleep(time.Hour)
 			}
 		}
+	}
+}
+
+func waitFor(file string) {
+	for range 6000 {
+		if _, err := os.Stat(file); err == nil {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
 	}
 }
 
