@@ -8,6 +8,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -42,12 +43,13 @@ func run(m *testing.M) int {
 }
 
 // patience bounds every wait for something that must happen.
-const patience = time.Minute
+const patience = 30 * time.Second
 
 // story is a test in a box.
 type story struct {
 	*testing.T
 	*rig.Rig
+	watched map[string]bool // units whose journal is shown if the story fails
 }
 
 // newStory boots the box of a story. Stories run side by side: each has a network, a systemd and a bpffs of its own.
@@ -71,7 +73,7 @@ func newStoryWith(t *testing.T, bin string, o box.Options) *story {
 			t.Error(err)
 		}
 	})
-	return &story{t, r}
+	return &story{t, r, map[string]bool{}}
 }
 
 // must ends the story if something that has to work did not.
@@ -94,14 +96,28 @@ func (s *story) installText(toml string) *service {
 	s.Helper()
 	svc, err := s.Install(toml)
 	s.must(err)
-	s.Cleanup(func() {
-		if !s.Failed() {
-			return
-		}
-		journal, err := s.Journal(svc.Unit)
-		s.Logf("journal of %s (%v):\n%s", svc.Unit, err, strings.Join(journal[max(0, len(journal)-80):], "\n"))
-	})
+	if !s.watched[svc.Unit] {
+		s.watched[svc.Unit] = true
+		s.Cleanup(func() {
+			if s.Failed() {
+				s.dump(svc.Unit)
+			}
+		})
+	}
 	return &service{svc, s}
+}
+
+// dump shows the end of a unit's journal, but for what systemd says of every restart with processes that stay.
+func (s *story) dump(unit string) {
+	journal, err := s.Journal(unit)
+	journal = slices.DeleteFunc(journal, func(line string) bool {
+		return strings.Contains(line, "left-over process") || strings.Contains(line, "remains running") || strings.HasPrefix(line, "This usually indicates")
+	})
+	journal = journal[max(0, len(journal)-60):]
+	for i, line := range journal {
+		journal[i] = line[:min(len(line), 500)]
+	}
+	s.Logf("journal of %s (%v):\n%s", unit, err, strings.Join(journal, "\n"))
 }
 
 // service is an installed service, in the words of a story.
