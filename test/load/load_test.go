@@ -341,7 +341,7 @@ func TestOptionsAreChecked(t *testing.T) {
 func TestSourcesAreUsedOnce(t *testing.T) {
 	used := map[string]bool{}
 	s := newSources()
-	s.v4.port = lastPort - 3 // the next host's turn comes within this test
+	s.v4.left = 3 // the next host's turn comes within this test
 	for range 10 {
 		fd, err := s.dial(netip.MustParseAddrPort("127.0.0.1:9"))
 		if err != nil {
@@ -357,7 +357,7 @@ func TestSourcesAreUsedOnce(t *testing.T) {
 		}
 		used[at] = true
 	}
-	full := sources{v6: source{port: lastPort}}
+	full := sources{v6: source{port: firstPort}}
 	if _, err := full.dial(netip.MustParseAddrPort("[::1]:9")); err == nil || !strings.Contains(err.Error(), "all source ports") {
 		t.Errorf("IPv6 ports used up: %v", err)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,14 +19,21 @@ type sources struct {
 type source struct {
 	host uint32 // of 127.0.0.0/8, for targets there
 	port uint16
+	left int // how many ports are left, of this host if there are others
 }
 
 // A flow's port is one of these. With 16 million hosts of the loopback network there is no end to them for IPv4.
-const firstPort, lastPort = 10000, 65000
+const firstPort, ports = 10000, 55000
+
+// generators counts those of this process: each begins elsewhere, so that it does not use again what the one before it has used.
+var generators atomic.Uint32
 
 func newSources() *sources {
-	first := source{host: 1<<16 + 1, port: firstPort}
-	return &sources{first, first}
+	n := generators.Add(1)
+	return &sources{
+		v4: source{host: 1<<16 + n<<8 + 1, port: firstPort, left: ports},
+		v6: source{port: firstPort + uint16(n*5000%ports), left: ports},
+	}
 }
 
 // dial makes a connected, non-blocking socket from an address that was not used before.
@@ -54,11 +62,11 @@ func (s *sources) dial(target netip.AddrPort) (int, error) {
 // bind binds to the next free address.
 func (s *source) bind(fd, family int, loopback bool) error {
 	for {
-		if s.port == lastPort {
+		if s.left == 0 {
 			if family == unix.AF_INET6 || !loopback {
 				return errors.New("all source ports were used (use fewer or longer flows)")
 			}
-			s.host, s.port = s.host+1, firstPort
+			s.host, s.left = s.host+1, ports
 		}
 		host := netip.IPv4Unspecified()
 		switch {
@@ -70,7 +78,10 @@ func (s *source) bind(fd, family int, loopback bool) error {
 			host = netip.AddrFrom4(b)
 		}
 		at := netip.AddrPortFrom(host, s.port)
-		s.port++
+		s.left--
+		if s.port++; s.port == firstPort+ports {
+			s.port = firstPort
+		}
 		err := unix.Bind(fd, sockaddr(family, at))
 		if err == nil {
 			return nil

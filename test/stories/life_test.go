@@ -263,11 +263,14 @@ func TestTooManyInstances(t *testing.T) {
 	s := newStory(t)
 	echo := s.install("echo", "[watch]\ntime = \"2s\"\n", "[watch]\ntime = \"0s\"\n[drain]\nidle = \"1h\"\ntimeout = \"2h\"\n")
 	echo.start()
-	g := echo.load(forever, func(o *load.Options) { o.Pace = 200 * time.Millisecond })
+	// Each instance has flows of its own, which do not end.
+	few := func(o *load.Options) { o.Flows, o.Pace, o.Seed = 10, 200*time.Millisecond, o.Seed+1 }
+	drivers := []*driver{echo.load(forever, few)}
 	for i := 2; i <= 32; i++ {
 		if _, err := echo.Restart(); err != nil {
 			t.Fatalf("instance %d: %v", i, err)
 		}
+		drivers = append(drivers, echo.load(forever, few))
 	}
 	newest := echo.instance()
 	_, err := echo.Restart()
@@ -277,12 +280,16 @@ func TestTooManyInstances(t *testing.T) {
 		t.Errorf("the refusal does not tell that there are 32: %v", err)
 	}
 	echo.active("active")
-	h := echo.load(func(o *load.Options) { o.Pace = 200 * time.Millisecond })
-	h.more(1000)
+	h := echo.load(few)
+	h.more(100)
 	if r := h.end(); r.Instances[newest].Answers != r.Answered {
 		t.Errorf("new flows should be at %s: %v", newest, r)
 	}
-	g.end()
+	for _, d := range drivers {
+		if r := d.end(); len(r.Instances) != 1 {
+			t.Error(r)
+		}
+	}
 
 	echo = s.install("echo", "[watch]\ntime = \"2s\"\n", "[watch]\ntime = \"0s\"\n[drain]\nidle = \"1h\"\ntimeout = \"2h\"\nmax_instances = 3\n")
 	echo.restart()

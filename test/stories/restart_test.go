@@ -230,12 +230,13 @@ func TestServersOfAllKinds(t *testing.T) {
 			for i := range 3 {
 				g.Mark("restart " + strconv.Itoa(i))
 				v.restart()
-				g.more(2000)
+				if name == "unbound" { // it does not tell who it is
+					g.more(2000)
+				} else {
+					g.newFlowsAt(v.instance(), 20)
+				}
 			}
-			r := g.end()
-			if want := 4; name != "unbound" && len(r.Instances) != want {
-				t.Errorf("%d instances should have answered: %v", want, r)
-			}
+			g.end()
 		})
 	}
 }
