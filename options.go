@@ -40,7 +40,8 @@ type Identity struct {
 	Cookie     uint32 // 0: none
 }
 
-// Identify asks which generation's socket c is.
+// Identify asks which generation's socket c is. Like the other options it is
+// there for UDP sockets only.
 func Identify(c syscall.Conn) (Identity, error) {
 	var b [32]byte
 	if err := getOption(c, OptKey, b[:]); err != nil {

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"grm/activate"
 	"grm/bpfprog"
 	"grm/config"
 )
@@ -185,6 +186,21 @@ func TestEventsAreExplained(t *testing.T) {
 	}
 	for name := range explained {
 		t.Errorf("docs/operations.md explains %s, which is not counted", name)
+	}
+}
+
+// The capabilities that a start checks for are those that the document lists.
+func TestCapabilitiesAreListed(t *testing.T) {
+	text := documents(t)["docs/architecture.md"]
+	for name := range activate.Capabilities {
+		if !strings.Contains(text, name) {
+			t.Errorf("docs/architecture.md does not say what %s is for", name)
+		}
+	}
+	for _, name := range regexp.MustCompile(`CAP_[A-Z_]+`).FindAllString(text, -1) {
+		if _, ok := activate.Capabilities[name]; !ok {
+			t.Errorf("docs/architecture.md lists %s, which is not needed", name)
+		}
 	}
 }
 
