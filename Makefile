@@ -11,8 +11,6 @@ SEED     ?=
 # Not stamped with the commit: root may not read another user's repository, and
 # equal sources are to give equal binaries.
 export GOFLAGS     := -buildvcs=false $(filter-out -buildvcs=%,$(GOFLAGS))
-# An installed Go is current enough or the build says so; nothing is fetched behind one's back.
-export GOTOOLCHAIN ?= local
 
 BUILD = CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w'
 # Tests with root's rights share one kernel: one package at a time, never from the cache.
