@@ -191,6 +191,9 @@ func fillMeta(m *ebpf.Map, spec GroupSpec) error {
 		DualStack: flag(spec.DualStack),
 		Scope:     scope,
 	}
+	if h.Tick, h.Zero, err = clock(); err != nil {
+		return err
+	}
 	var seed [16]byte
 	if _, err := rand.Read(seed[:]); err != nil {
 		return err

@@ -42,7 +42,8 @@ type hooksGrmMeta struct {
 	DualStack uint8
 	Reserved  [3]uint8
 	Scope     uint32
-	Reserved2 uint32
+	Tick      uint32
+	Zero      uint64
 	Epoch     [16]uint64
 	Names     [32]uint32
 	Bank      [16][32]struct {
@@ -86,7 +87,10 @@ const (
 	hooksVarAbiLength     = "abi_length"
 	hooksVarAbiTimeout    = "abi_timeout"
 	hooksVarAbiType       = "abi_type"
+	hooksVarClockTick     = "clock_tick"
+	hooksVarClockZero     = "clock_zero"
 	hooksVarCpus          = "cpus"
+	hooksVarFlowIpv4      = "flow_ipv4"
 	hooksVarFlowMask      = "flow_mask"
 	hooksVarFlowSeed      = "flow_seed"
 	hooksVarFlowTimeout   = "flow_timeout"
@@ -168,7 +172,10 @@ type hooksVariableSpecs struct {
 	AbiLength     *ebpf.VariableSpec `ebpf:"abi_length"`
 	AbiTimeout    *ebpf.VariableSpec `ebpf:"abi_timeout"`
 	AbiType       *ebpf.VariableSpec `ebpf:"abi_type"`
+	ClockTick     *ebpf.VariableSpec `ebpf:"clock_tick"`
+	ClockZero     *ebpf.VariableSpec `ebpf:"clock_zero"`
 	Cpus          *ebpf.VariableSpec `ebpf:"cpus"`
+	FlowIpv4      *ebpf.VariableSpec `ebpf:"flow_ipv4"`
 	FlowMask      *ebpf.VariableSpec `ebpf:"flow_mask"`
 	FlowSeed      *ebpf.VariableSpec `ebpf:"flow_seed"`
 	FlowTimeout   *ebpf.VariableSpec `ebpf:"flow_timeout"`
@@ -230,7 +237,10 @@ type hooksVariables struct {
 	AbiLength     *ebpf.Variable `ebpf:"abi_length"`
 	AbiTimeout    *ebpf.Variable `ebpf:"abi_timeout"`
 	AbiType       *ebpf.Variable `ebpf:"abi_type"`
+	ClockTick     *ebpf.Variable `ebpf:"clock_tick"`
+	ClockZero     *ebpf.Variable `ebpf:"clock_zero"`
 	Cpus          *ebpf.Variable `ebpf:"cpus"`
+	FlowIpv4      *ebpf.Variable `ebpf:"flow_ipv4"`
 	FlowMask      *ebpf.Variable `ebpf:"flow_mask"`
 	FlowSeed      *ebpf.Variable `ebpf:"flow_seed"`
 	FlowTimeout   *ebpf.Variable `ebpf:"flow_timeout"`

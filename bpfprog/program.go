@@ -103,7 +103,10 @@ func (g *Group) constants(v variables) variables {
 		v["flow_mask"] = flowtable.Buckets(d.Flows) - 1
 		v["flow_timeout"] = flowtable.Stamps(d.Timeout)
 	}
-	v["flow_seed"] = g.header().Seed
+	h := g.header()
+	v["flow_ipv4"] = uint32(h.Ipv4)
+	v["clock_tick"], v["clock_zero"] = h.Tick, h.Zero
+	v["flow_seed"] = h.Seed
 	return v
 }
 

@@ -42,7 +42,8 @@ type steerGrmMeta struct {
 	DualStack uint8
 	Reserved  [3]uint8
 	Scope     uint32
-	Reserved2 uint32
+	Tick      uint32
+	Zero      uint64
 	Epoch     [16]uint64
 	Names     [32]uint32
 	Bank      [16][32]struct {
@@ -66,8 +67,11 @@ const (
 	steerProgSteerCbpfApps = "steer_cbpf_apps"
 	steerProgSteerFlow     = "steer_flow"
 	steerProgSteerNoop     = "steer_noop"
+	steerVarClockTick      = "clock_tick"
+	steerVarClockZero      = "clock_zero"
 	steerVarCpus           = "cpus"
 	steerVarFlowAssure     = "flow_assure"
+	steerVarFlowIpv4       = "flow_ipv4"
 	steerVarFlowMask       = "flow_mask"
 	steerVarFlowSeed       = "flow_seed"
 	steerVarFlowTimeout    = "flow_timeout"
@@ -138,8 +142,11 @@ type steerMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type steerVariableSpecs struct {
+	ClockTick   *ebpf.VariableSpec `ebpf:"clock_tick"`
+	ClockZero   *ebpf.VariableSpec `ebpf:"clock_zero"`
 	Cpus        *ebpf.VariableSpec `ebpf:"cpus"`
 	FlowAssure  *ebpf.VariableSpec `ebpf:"flow_assure"`
+	FlowIpv4    *ebpf.VariableSpec `ebpf:"flow_ipv4"`
 	FlowMask    *ebpf.VariableSpec `ebpf:"flow_mask"`
 	FlowSeed    *ebpf.VariableSpec `ebpf:"flow_seed"`
 	FlowTimeout *ebpf.VariableSpec `ebpf:"flow_timeout"`
@@ -189,8 +196,11 @@ func (m *steerMaps) Close() error {
 //
 // It can be passed to loadSteerObjects or ebpf.CollectionSpec.LoadAndAssign.
 type steerVariables struct {
+	ClockTick   *ebpf.Variable `ebpf:"clock_tick"`
+	ClockZero   *ebpf.Variable `ebpf:"clock_zero"`
 	Cpus        *ebpf.Variable `ebpf:"cpus"`
 	FlowAssure  *ebpf.Variable `ebpf:"flow_assure"`
+	FlowIpv4    *ebpf.Variable `ebpf:"flow_ipv4"`
 	FlowMask    *ebpf.Variable `ebpf:"flow_mask"`
 	FlowSeed    *ebpf.Variable `ebpf:"flow_seed"`
 	FlowTimeout *ebpf.Variable `ebpf:"flow_timeout"`

@@ -134,7 +134,6 @@ struct bpf_sockopt {
 };
 
 static void *(*const bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
-static __u64 (*const bpf_ktime_get_ns)(void) = (void *)5;
 static __u32 (*const bpf_get_prandom_u32)(void) = (void *)7;
 static __u32 (*const bpf_get_smp_processor_id)(void) = (void *)8;
 static long (*const bpf_skb_load_bytes)(const void *skb, __u32 off, void *to, __u32 len) = (void *)26;
@@ -143,8 +142,8 @@ static long (*const bpf_skb_load_bytes_relative)(const void *skb, __u32 off, voi
 static long (*const bpf_sk_select_reuseport)(struct sk_reuseport_md *md, void *map, void *key,
 					     __u64 flags) = (void *)82;
 static void *(*const bpf_sk_storage_get)(void *map, void *sk, void *value, __u64 flags) = (void *)107;
+static __u64 (*const bpf_jiffies64)(void) = (void *)118;
 static __u64 (*const bpf_get_netns_cookie)(void *ctx) = (void *)122;
-static __u64 (*const bpf_ktime_get_coarse_ns)(void) = (void *)160;
 static int (*const bpf_set_retval)(int retval) = (void *)187;
 
 #endif

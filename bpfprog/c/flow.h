@@ -76,6 +76,7 @@ struct {
 
 const volatile __u32 flow_mask = 1;     /* number of buckets, a power of two, less 1 */
 const volatile __u32 flow_timeout = 0;  /* stamps */
+const volatile __u32 flow_ipv4 = 0;     /* the group's packets are all IPv4 */
 const volatile __u64 flow_seed[2] = {}; /* secret, or an attacker could aim at one bucket */
 
 struct flow_key {
@@ -95,10 +96,12 @@ static __always_inline void flow_hash(struct flow_key *k)
 {
 	__u64 x = (k->address.low ^ flow_seed[0]) * 0x9fb21c651e98df25ull;
 
+	if (!flow_ipv4) {
+		x ^= x >> 32;
+		x = (x ^ k->address.high) * 0xd6e8feb86659fd93ull;
+	}
 	x ^= x >> 32;
-	x = (x ^ k->address.high ^ flow_seed[1]) * 0xd6e8feb86659fd93ull;
-	x ^= x >> 32;
-	x = (x ^ k->port ^ flow_seed[0] >> 17) * 0xa0761d6478bd642full;
+	x = (x ^ flow_seed[1] ^ k->port) * 0xa0761d6478bd642full;
 	x ^= x >> 29;
 	x *= 0xe7037ed1a0b428dbull;
 	k->fingerprint = x >> 32;
@@ -116,7 +119,7 @@ static __always_inline bool flow_is(struct flow_bucket *b, __u32 way, __u64 word
 {
 	return (__u32)(word >> 32) == k->fingerprint &&
 	       READ_ONCE(b->address[way].low) == k->address.low &&
-	       READ_ONCE(b->address[way].high) == k->address.high &&
+	       (flow_ipv4 || READ_ONCE(b->address[way].high) == k->address.high) &&
 	       (READ_ONCE(b->info[way]) & 0xffff) == k->port;
 }
 
@@ -142,31 +145,34 @@ struct flow_found {
 	__u64 word;
 };
 
+static __always_inline bool flow_find_in(struct flow_bucket *b, const struct flow_key *k, struct flow_found *f)
+{
+	for (__u32 way = 0; way < FLOW_WAYS; way++) {
+		__u64 word;
+
+		/* The upper half alone first: most ways end here. */
+		if (likely(READ_ONCE(((__u32 *)&b->word[way])[1]) != k->fingerprint))
+			continue;
+		word = READ_ONCE(b->word[way]);
+		f->last = READ_ONCE(b->last[way]);
+		if (!flow_is(b, way, word, k) || !flow_settled(f->last))
+			continue;
+		f->b = b;
+		f->way = way;
+		f->word = word;
+		return true;
+	}
+	return false;
+}
+
 static __always_inline bool flow_find(const struct flow_key *k, struct flow_found *f)
 {
-	for (int side = 0; side < 2; side++) {
-		struct flow_bucket *b = flow_bucket(k->bucket[side]);
+	struct flow_bucket *b = flow_bucket(k->bucket[0]);
 
-		if (!b)
-			break;
-		for (__u32 way = 0; way < FLOW_WAYS; way++) {
-			__u64 word = READ_ONCE(b->word[way]);
-
-			if (likely(!flow_is(b, way, word, k)))
-				continue;
-			f->last = READ_ONCE(b->last[way]);
-			if (!flow_settled(f->last))
-				continue;
-			f->b = b;
-			f->way = way;
-			f->word = word;
-			return true;
-		}
-	}
-	f->b = NULL;
-	f->last = 0;
-	f->word = 0;
-	return false;
+	if (b && flow_find_in(b, k, f))
+		return true;
+	b = flow_bucket(k->bucket[1]);
+	return b && flow_find_in(b, k, f);
 }
 
 enum flow_outcome {

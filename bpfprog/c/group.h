@@ -97,7 +97,8 @@ struct grm_meta {
 	__u8 dual_stack;
 	__u8 reserved[3];
 	__u32 scope;     /* interface of a link-local address */
-	__u32 reserved2;
+	__u32 tick;      /* ns that one of the kernel's jiffies is */
+	__u64 zero;      /* what jiffies were when the monotonic clock began */
 	__u64 epoch[GRM_APPS]; /* of the service that joined as this app; 0: none */
 	__u32 names[GRM_NAMES];
 	struct grm_record bank[GRM_APPS][GRM_BANKS];
@@ -166,6 +167,8 @@ struct {
 /* Set when a program is loaded, so that what a group does not use is not there. */
 const volatile __u32 cpus = 1;
 const volatile __u32 max_apps = 1;
+const volatile __u32 clock_tick = 1;
+const volatile __u64 clock_zero = 0;
 
 static __always_inline void count(enum grm_counter which)
 {
@@ -218,10 +221,14 @@ static __always_inline struct grm_stats *stats_of(struct grm_control *c, __u32 b
 	return (void *)c + GRM_STATS_OFFSET + (cpu * GRM_BANKS + (bank & (GRM_BANKS - 1))) * sizeof(struct grm_stats);
 }
 
-/* The unit of all stamps: 1.07 s of the coarse monotonic clock. 0 means never; it lasts for the machine's first second. */
+/*
+ * The unit of all stamps: 1.07 s of the monotonic clock, counted in jiffies,
+ * which the verifier turns into one load, where a call for the coarse clock
+ * costs 30 ns. 0 means never; it lasts for the machine's first second.
+ */
 static __always_inline __u32 stamp(void)
 {
-	return bpf_ktime_get_coarse_ns() >> 30;
+	return (bpf_jiffies64() - clock_zero) * clock_tick >> 30;
 }
 
 #endif

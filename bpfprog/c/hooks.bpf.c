@@ -295,7 +295,7 @@ static __noinline int assure(struct grm_socket *s, struct flow_insert *in)
 	if (abi_type != ABI_FLOW)
 		return EOPNOTSUPP;
 	flow_hash(&in->key);
-	in->now = bpf_ktime_get_ns() >> 30; /* programs of this type do not have the coarse clock */
+	in->now = stamp();
 	in->home = home;
 	in->info = FLOW_ANSWERED | FLOW_PACKET * FLOW_GROWN_PACKETS;
 	in->flags = FLOW_ASSURED | FLOW_GROWN;

@@ -44,7 +44,7 @@ static __always_inline bool read_key(struct sk_reuseport_md *md, struct flow_key
 	else if (bpf_skb_load_bytes(md, 0, &port, sizeof(port)))
 		return false;
 	k->port = port;
-	if (md->eth_protocol == bpf_htons(ETH_P_IPV6)) {
+	if (!flow_ipv4 && md->eth_protocol == bpf_htons(ETH_P_IPV6)) {
 		if (bpf_skb_load_bytes_relative(md, 8, &k->address, 16, BPF_HDR_START_NET))
 			return false;
 	} else {
@@ -89,7 +89,7 @@ static __always_inline int flow_begin(struct sk_reuseport_md *md, struct grm_met
 		return SK_DROP;
 	in->home = c.home;
 	in->info = FLOW_PACKET;
-	in->flags = 0;
+	in->flags = in->evicted = in->raced = 0;
 	switch (flow_insert(in)) {
 	case FLOW_FULL:
 		count(GRM_TABLE_FULL);
@@ -114,9 +114,9 @@ int steer_flow(struct sk_reuseport_md *md)
 {
 	struct grm_meta *m = the_meta();
 	struct grm_control *control = the_control();
-	struct flow_insert in = {};
+	struct flow_insert in;
 	struct flow_found f;
-	struct choice c = {};
+	struct choice c;
 	__u64 word;
 
 	if (!m || !control)
@@ -126,15 +126,19 @@ int steer_flow(struct sk_reuseport_md *md)
 		return steer_new(md, m, 0, false);
 	}
 	in.now = stamp();
-	if (likely(flow_find(&in.key, &f)) && !flow_expired(f.last, in.now)) {
-		if (likely(home_lives(m, control, f.word, &word)) && select_home(md, f.word, control, word, &c)) {
-			flow_seen(&f, count_packet(&c, in.now), in.now);
-			return SK_PASS;
+	in.old_last = 0;
+	in.old_word = 0;
+	if (likely(flow_find(&in.key, &f))) {
+		in.old_last = f.last;
+		in.old_word = f.word;
+		if (likely(!flow_expired(f.last, in.now))) {
+			if (likely(home_lives(m, control, f.word, &word)) && select_home(md, f.word, control, word, &c)) {
+				flow_seen(&f, count_packet(&c, in.now), in.now);
+				return SK_PASS;
+			}
+			count(GRM_STALE_FLOW);
 		}
-		count(GRM_STALE_FLOW);
 	}
-	in.old_last = f.last;
-	in.old_word = f.word;
 	return flow_begin(md, m, 0, control, &in);
 }
 
@@ -167,10 +171,10 @@ static __always_inline int steer_by_cookie(struct sk_reuseport_md *md, bool apps
 {
 	struct grm_meta *m = the_meta();
 	struct grm_control *control;
-	struct flow_insert in = {};
+	struct flow_insert in;
 	struct grm_stats *s;
 	struct flow_found f;
-	struct choice c = {};
+	struct choice c;
 	__u32 app = 0, home;
 	__u64 result, word;
 
@@ -201,15 +205,19 @@ static __always_inline int steer_by_cookie(struct sk_reuseport_md *md, bool apps
 	control = resolve_app(&app, apps);
 	if (!control || !read_key(md, &in.key))
 		return steer_new(md, m, app, apps);
-	if (flow_find(&in.key, &f) && !flow_expired(f.last, in.now) && GRM_HOME_APP((__u32)f.word) == app) {
-		if (home_lives(m, control, f.word, &word) && select_home(md, f.word, control, word, &c)) {
-			count_packet(&c, in.now);
-			return SK_PASS;
+	in.old_last = 0;
+	in.old_word = 0;
+	if (flow_find(&in.key, &f)) {
+		in.old_last = f.last;
+		in.old_word = f.word;
+		if (!flow_expired(f.last, in.now) && GRM_HOME_APP((__u32)f.word) == app) {
+			if (home_lives(m, control, f.word, &word) && select_home(md, f.word, control, word, &c)) {
+				count_packet(&c, in.now);
+				return SK_PASS;
+			}
+			count(GRM_STALE_FLOW);
 		}
-		count(GRM_STALE_FLOW);
 	}
-	in.old_last = f.last;
-	in.old_word = f.word;
 	return flow_begin(md, m, app, control, &in);
 }
 
