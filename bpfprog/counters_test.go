@@ -1,7 +1,7 @@
 package bpfprog
 
 import (
-	"os"
+	"embed"
 	"regexp"
 	"strings"
 	"testing"
@@ -11,9 +11,16 @@ import (
 	"grm/internal/flowtable"
 )
 
+//go:embed c/*.h
+var headers embed.FS
+
+func header(t *testing.T, name string) string {
+	return string(must(headers.ReadFile("c/" + name))(t))
+}
+
 // The Go table of counters is the C enum.
 func TestCounterNames(t *testing.T) {
-	text := string(must(os.ReadFile("c/group.h"))(t))
+	text := header(t, "group.h")
 	_, text, _ = strings.Cut(text, "enum grm_counter {")
 	text, _, _ = strings.Cut(text, "};")
 	var names []string
@@ -33,7 +40,7 @@ func TestCounterNames(t *testing.T) {
 // What C and Go both define is the same.
 func TestLayouts(t *testing.T) {
 	want(t, "bucket", unsafe.Sizeof(steerFlowBucket{}), flowtable.BucketSize)
-	text := string(must(os.ReadFile("c/control.h"))(t)) + string(must(os.ReadFile("c/group.h"))(t)) + string(must(os.ReadFile("c/flow.h"))(t))
+	text := header(t, "control.h") + header(t, "group.h") + header(t, "flow.h")
 	for name, value := range map[string]string{
 		"GRM_LAYOUT": "1", "GRM_GROUP_LAYOUT": "1", "GRM_BANKS": "32", "GRM_SLOTS": "256", "GRM_FALLBACK": "12",
 		"GRM_APPS": "16", "FLOW_WAYS": "8", "FLOW_YOUNG": "10", "GRM_STATS_OFFSET": "4096",

@@ -2,6 +2,8 @@ package bpfprog
 
 import (
 	"testing"
+
+	"grm/internal/testenv"
 )
 
 const (
@@ -76,7 +78,7 @@ func (f *flood) verify(what string) {
 // for 65,536, two million sources with one packet each, and one million that come back.
 func TestFloodMovesNothing(t *testing.T) {
 	needRoot(t)
-	const assured = 50_000
+	assured := testenv.Scale(50_000)
 	f := newFlood(t, 65536, assured)
 	clients := newSpoofer(t, f.Spec.Address)
 	f.verify("before")
@@ -89,6 +91,7 @@ func TestFloodMovesNothing(t *testing.T) {
 		{"one packet, answered", 1_000_000, 1, true},
 		{"two packets, answered", 1_000_000, 2, true},
 	} {
+		c.sources = testenv.Scale(c.sources)
 		before := must(f.Counters())(t)
 		got, batches, fromClients := 0, 0, 0
 		// A source's packets are a batch apart, so that it is answered before it comes back.

@@ -19,6 +19,7 @@ import (
 
 	"grm/control"
 	"grm/internal/flowtable"
+	"grm/internal/testenv"
 )
 
 func TestCreateAndOpen(t *testing.T) {
@@ -234,14 +235,15 @@ func TestGenerationsNeverAlias(t *testing.T) {
 		ask(t, c)
 	}
 	var before *net.UDPConn
-	for generation := uint64(2); generation < 10_002; generation++ {
+	last := uint64(1 + testenv.Scale(10_000))
+	for generation := uint64(2); generation <= last; generation++ {
 		bank := 1 + int(generation)%2
 		r.ctl.Assign(bank, generation, control.Prepared)
 		check(t, r.SetBank(0, bank, generation, 1))
 		conn := r.bind()
 		check(t, r.Put(0, bank, 0, fd(t, conn)))
 		r.ctl.Flip(bank)
-		if generation%1000 == 0 {
+		if generation%1000 == 0 || generation == last {
 			serve([]*net.UDPConn{conn}, fmt.Sprint(generation))
 			want(t, "old flow", ask(t, c), "old")
 			want(t, "new flow", ask(t, dial(t, r.Spec.Address)), fmt.Sprint(generation))
@@ -262,11 +264,12 @@ func TestGenerationsNeverAlias(t *testing.T) {
 
 // Every packet of two senders arrives, and none goes back to an older generation, while 30 generations flip.
 func TestFlipsUnderLoad(t *testing.T) {
-	const packets, senders = 100_000, 2
+	const senders, banks = 2, 30
+	packets := testenv.Scale(100_000)
 	r := newRig(t, noopSpec("127.0.0.1:5001"))
 	type arrival struct{ sender, bank int }
 	arrivals := make(chan arrival, packets*senders)
-	for b := range 30 {
+	for b := range banks {
 		for _, c := range r.generation(b, uint64(b+1), 1) {
 			go func() {
 				buf := make([]byte, 16)
@@ -281,10 +284,12 @@ func TestFlipsUnderLoad(t *testing.T) {
 		}
 	}
 	r.ctl.Flip(0)
+	window := make(chan struct{}, 256) // packets on their way, so that none overflows a queue, and flips are among them
 	for s := range senders {
 		c := dial(t, r.Spec.Address)
 		go func() {
 			for range packets {
+				window <- struct{}{}
 				if _, err := c.Write([]byte{byte(s)}); err != nil {
 					t.Error(err)
 				}
@@ -293,24 +298,25 @@ func TestFlipsUnderLoad(t *testing.T) {
 	}
 	got := make([][]int, senders)
 	for i := range senders {
-		got[i] = make([]int, 30)
+		got[i] = make([]int, banks)
 	}
 	for n := range packets * senders {
-		if n%6000 == 5999 && n/6000 < 29 {
-			r.ctl.Flip(n/6000 + 1)
+		if b := 1 + n*banks/(packets*senders); b < banks && n%(packets*senders/banks) == 0 {
+			r.ctl.Flip(b)
 		}
 		select {
 		case a := <-arrivals:
 			got[a.sender][a.bank]++
+			<-window
 		case <-time.After(patience):
 			t.Fatalf("%d of %d packets arrived; %+v", n, packets*senders, must(r.Counters())(t))
 		}
 	}
 	var counted uint64
-	for b := range 30 {
+	for b := range banks {
 		counted += r.ctl.Stats(b).Packets
 	}
-	want(t, "counted packets", counted, packets*senders)
+	want(t, "counted packets", counted, uint64(packets*senders))
 	for s := range senders {
 		if slices.Max(got[s]) == packets {
 			t.Errorf("sender %d never saw a flip", s)

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"grm/internal/testenv"
 )
 
 // The first two packets of each flow come from two CPUs in lock-step, with flips in between:
@@ -17,7 +19,8 @@ func TestInsertRace(t *testing.T) {
 	if runtime.NumCPU() < 2 {
 		t.Skip("needs two CPUs")
 	}
-	const flows, perRound, banks = 60_000, 48, 2
+	const perRound, banks = 48, 2
+	flows := testenv.Scale(60_000)
 	spec := flowSpec("127.0.0.1:5001")
 	spec.Dissector.Flows = 65536
 	r := newRig(t, spec)
