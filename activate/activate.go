@@ -218,6 +218,7 @@ func (r *run) forgetGroup(a config.Address) error {
 
 // step does one step of a start and notes how to undo it.
 func (r *run) step(ctx context.Context, name string, do func() error, back func() error) error {
+	begun := time.Now()
 	err := ctx.Err()
 	if err != nil {
 		err = fmt.Errorf("interrupted: %w", err)
@@ -230,6 +231,7 @@ func (r *run) step(ctx context.Context, name string, do func() error, back func(
 	if err != nil {
 		return classify(fmt.Errorf("%s: %w", name, err))
 	}
+	r.log(debug, "%s: %v", name, time.Since(begun).Round(10*time.Microsecond))
 	if back != nil {
 		r.undoList = append(r.undoList, undo{name, back})
 	}

@@ -20,13 +20,20 @@ import (
 // map and in the slots of the groups that are asked for; which sockets are in
 // a process's hands is asked of those.
 func (r *run) adopt() error {
-	if r.service == nil || r.st.Plan != nil || len(r.st.Banks) > 0 {
+	if r.service == nil {
 		return nil
 	}
-	inodes, err := r.inodesByCookie()
-	if err != nil {
-		return err
+	if r.st.Plan == nil && len(r.st.Banks) == 0 {
+		if err := r.findBanks(); err != nil {
+			return err
+		}
 	}
+	return r.findInodes()
+}
+
+// findBanks records the generations that the control map names and that have
+// sockets; which ones is for findInodes.
+func (r *run) findBanks() (err error) {
 	ctl := r.service.Control()
 	for n := range control.Banks {
 		b := state.Bank{Bank: n, Generation: ctl.Bank(n).Generation}
@@ -34,14 +41,7 @@ func (r *run) adopt() error {
 			continue
 		}
 		for _, l := range r.Listeners {
-			g, err := r.group(l)
-			if errors.Is(err, fs.ErrNotExist) {
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			cookies, err := g.Slots(l.App, n)
+			cookies, err := r.slots(l, n)
 			if err != nil {
 				return err
 			}
@@ -49,11 +49,7 @@ func (r *run) adopt() error {
 				continue
 			}
 			l.Sockets = config.Count(len(cookies))
-			found := state.Listener{Name: l.Name, Address: l.String()}
-			for _, cookie := range cookies {
-				found.Inodes = append(found.Inodes, inodes[cookie]) // 0: no process of the service has it
-			}
-			b.Listeners = append(b.Listeners, found)
+			b.Listeners = append(b.Listeners, state.Listener{Name: l.Name, Address: l.String(), Inodes: make([]uint64, len(cookies))})
 			if of := (state.Group{Address: l.Address.String(), App: l.App}); !slices.Contains(r.st.Groups, of) {
 				r.st.Groups = append(r.st.Groups, of)
 			}
@@ -66,10 +62,51 @@ func (r *run) adopt() error {
 	if len(r.st.Banks) == 0 {
 		return nil
 	}
-	if r.st.UID, r.st.User, err = r.owner(); err != nil {
-		return err
-	}
 	r.log(notice, "%s was lost: %d generations found again", r.dir.Path(r.Service), len(r.st.Banks))
+	r.st.UID, r.st.User, err = r.owner()
+	return err
+}
+
+// slots are the cookies in a listener's slots; none if it has no group.
+func (r *run) slots(l config.Listener, bank int) ([]uint64, error) {
+	g, err := r.group(l)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return g.Slots(l.App, bank)
+}
+
+// findInodes fills in those that are not known, of sockets that processes of
+// the service have open. One that none had so far may be taken up later.
+func (r *run) findInodes() error {
+	var inodes map[uint64]uint64
+	for n, b := range r.st.Banks {
+		ls, err := listeners(b)
+		if err != nil {
+			return err
+		}
+		for i, l := range ls {
+			own := b.Listeners[i].Inodes
+			if !slices.Contains(own, 0) {
+				continue
+			}
+			if inodes == nil {
+				if inodes, err = r.inodesByCookie(); err != nil {
+					return err
+				}
+			}
+			cookies, err := r.slots(l, n)
+			if err != nil {
+				return err
+			}
+			for index := range min(len(cookies), len(own)) {
+				own[index] = inodes[cookies[index]]
+			}
+		}
+	}
 	return nil
 }
 

@@ -110,13 +110,29 @@ func (r *run) storeNeed() int {
 	return n
 }
 
-// checkRoom says whether the fd store has room for n more descriptors.
-func (r *run) checkRoom(n int) error {
-	if r.store == nil || !r.known || uint64(r.unit.Stored)+uint64(n) <= uint64(r.unit.StoreMax) {
+// checkRoom says whether the fd store has room for the new generation's
+// sockets, and for the maps if they are not there yet.
+func (s *start) checkRoom() error {
+	if s.store == nil || !s.known || len(s.Command) > 0 {
 		return nil
 	}
+	more := 1 + len(s.Listeners)
+	if len(s.before.Banks) > 0 {
+		more = 0
+	}
+	for _, l := range s.Listeners {
+		more += int(l.Sockets)
+	}
+	fits := func() bool { return int64(s.unit.Stored)+int64(more) <= int64(s.unit.StoreMax) }
+	if fits() {
+		return nil
+	}
+	// What was stored when this run began may have been released since.
+	if err := s.ask(); err != nil || fits() {
+		return err
+	}
 	return unfit(fmt.Errorf("unit %s: FileDescriptorStoreMax=%d is too small: %d descriptors are stored, %d more are to come (write FileDescriptorStoreMax=%d)",
-		r.Unit, r.unit.StoreMax, r.unit.Stored, n, max(r.storeNeed(), int(r.unit.Stored)+n)))
+		s.Unit, s.unit.StoreMax, s.unit.Stored, more, max(s.storeNeed(), int(s.unit.Stored)+more)))
 }
 
 // owner is the uid that the sockets are to have, and the user's name.

@@ -4,11 +4,13 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"maps"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -397,6 +399,9 @@ func (p *process) ended() bool {
 	return err == nil && pid == p.pid() || errors.Is(err, unix.ECHILD)
 }
 
+// clientPort is the last one that a datagram was sent from: each is a flow of its own.
+var clientPort uint16 = 20000
+
 // arrives sends a datagram to a listener from a new port, and says under which
 // stored name it can be read; "" if nowhere.
 func (f *fixture) arrives(l config.Listener) string {
@@ -410,6 +415,10 @@ func (f *fixture) arrives(l config.Listener) string {
 		f.t.Fatal(err)
 	}
 	defer unix.Close(fd)
+	clientPort++
+	if err := unix.Bind(fd, sockaddr(netip.AddrPortFrom(l.Address.Addr(), clientPort))); err != nil {
+		f.t.Fatal(err)
+	}
 	if err := unix.Sendto(fd, []byte("hello"), 0, sockaddr(l.Address.AddrPort)); err != nil {
 		f.t.Fatal(err)
 	}
@@ -457,8 +466,12 @@ func (f *fixture) snapshot() string {
 		}
 	}
 	if s, err := state.Read(state.Root, f.req.Service); err == nil {
-		s.Failed, s.Generation = nil, 0 // a number that was used up, and why
-		lines = append(lines, fmt.Sprintf("state %+v %+v\n", *s, s.Plan))
+		s.Failed, s.Generation, s.Plan = nil, 0, nil // a number that was used up, why, and what the last start was
+		text, err := json.Marshal(s)
+		if err != nil {
+			f.t.Fatal(err)
+		}
+		lines = append(lines, fmt.Sprintf("state %s\n", text))
 	}
 	if s, err := bpfprog.OpenService(f.req.Service); err == nil {
 		ctl := s.Control()

@@ -1,6 +1,7 @@
 package activate
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -13,11 +14,14 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"grm/config"
 )
 
 const (
 	insideVar  = "GRM_ACTIVATE_TEST_INSIDE"
-	holdVar    = "GRM_ACTIVATE_TEST_HOLD" // the name of a process that holds its descriptors until its standard input ends
+	holdVar    = "GRM_ACTIVATE_TEST_HOLD"    // the name of a process that holds its descriptors until its standard input ends
+	commandVar = "GRM_ACTIVATE_TEST_COMMAND" // a shell script to start as TestCommand does
 	cgroupRoot = "/sys/fs/cgroup"
 )
 
@@ -28,6 +32,8 @@ func TestMain(m *testing.M) {
 	switch {
 	case os.Getenv(holdVar) != "":
 		hold(os.Getenv(holdVar))
+	case os.Getenv(commandVar) != "":
+		become(os.Getenv(commandVar))
 	case os.Geteuid() != 0:
 		os.Exit(m.Run())
 	case os.Getenv(insideVar) == "":
@@ -50,6 +56,20 @@ func hold(name string) {
 	fmt.Println("up")
 	_, _ = io.Copy(io.Discard, os.Stdin) // until the test lets go
 	os.Exit(0)
+}
+
+// become starts a script with the sockets of TestCommand.
+func become(script string) {
+	req := Request{Service: "echo", User: "nobody", Command: []string{"/bin/sh", "-c", script}}
+	for _, address := range []string{"udp://127.0.0.1:5201?sockets=2&name=a", "tcp://127.0.0.1:5201?name=b"} {
+		l, err := config.ParseListener(address, config.DefaultListener())
+		if err != nil {
+			panic(err)
+		}
+		req.Listeners = append(req.Listeners, l)
+	}
+	fmt.Fprintln(os.Stderr, Start(context.Background(), req, Env{Log: os.Stderr}))
+	os.Exit(1)
 }
 
 func reexec() int {

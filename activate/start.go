@@ -26,7 +26,7 @@ const endTimeout = 10 * time.Second
 
 // Start is ExecStartPre=, or with a command the whole of a start without an fd
 // store: then it does not return but for an error.
-func Start(ctx context.Context, req Request, env Env) error {
+func Start(ctx context.Context, req Request, env Env) (err error) {
 	if err := checkMachine(); err != nil {
 		return err
 	}
@@ -39,11 +39,11 @@ func Start(ctx context.Context, req Request, env Env) error {
 	if err != nil {
 		return err
 	}
-	err = r.start(ctx)
-	if err != nil {
+	defer func() { err = errors.Join(err, r.close()) }()
+	if err = r.start(ctx); err != nil {
 		r.noteFailure(err)
 	}
-	return errors.Join(err, r.close())
+	return err
 }
 
 // sockets is how many one instance has.
@@ -97,6 +97,7 @@ func (r *run) start(ctx context.Context) error {
 		return err
 	}
 	s := start{run: r, facts: f, processes: p, plan: plan, uid: uid, user: name}
+	defer s.closeSockets()
 	if plan.Verb == control.Start {
 		err = s.fresh(ctx)
 	} else {
@@ -166,8 +167,10 @@ func (s *start) fresh(ctx context.Context) error {
 	if err := s.chooseBank(); err != nil {
 		return err
 	}
-	defer s.closeSockets()
 	s.before = *s.st
+	if err := s.checkRoom(); err != nil {
+		return err
+	}
 	groups := make([]*bpfprog.Group, len(s.Listeners))
 
 	if err := s.step(ctx, "note what is to come", s.notePending, func() error { return s.restoreState() }); err != nil {
@@ -346,7 +349,7 @@ func (s *start) makeRoom() error {
 	}
 	delete(s.st.Banks, n)
 	delete(s.banks, n)
-	return errors.Join(s.drop(b), s.store.Barrier(barrierTimeout), s.dir.Write(s.st), s.ask())
+	return errors.Join(s.drop(b), s.store.Barrier(barrierTimeout), s.dir.Write(s.st))
 }
 
 // chooseBank finds a place for the new generation.
@@ -655,9 +658,6 @@ func (s *start) storeMaps() error {
 
 // storeSockets gives the new generation's sockets to systemd, and asks whether it has taken them.
 func (s *start) storeSockets() error {
-	if err := s.checkRoom(len(s.sockets)); err != nil {
-		return err
-	}
 	next := 0
 	for _, l := range s.Listeners {
 		for index := range int(l.Sockets) {
@@ -721,10 +721,7 @@ func (r *run) reclaim(f facts, plan control.Plan) error {
 	if !dropped {
 		return nil
 	}
-	if err := errors.Join(r.store.Barrier(barrierTimeout), r.sweep(r.Listeners), r.pruneHooks(), r.dir.Write(r.st)); err != nil {
-		return err
-	}
-	return r.ask() // what the fd store holds now
+	return errors.Join(r.store.Barrier(barrierTimeout), r.sweep(r.Listeners), r.pruneHooks(), r.dir.Write(r.st))
 }
 
 // repair undoes a start that was killed on its way.

@@ -56,12 +56,13 @@ func (r *run) ends() bool { return r.unit.Job == "stop" || r.going }
 
 // StopPost is ExecStopPost=. It has the last word: after a stop nothing of the
 // service is left; after anything else only what became ready once.
-func StopPost(ctx context.Context, req Request, env Env) error {
+func StopPost(ctx context.Context, req Request, env Env) (err error) {
 	r, err := begin(ctx, req, env)
 	if err != nil {
 		return err
 	}
-	return errors.Join(r.stopPost(), r.close())
+	defer func() { err = errors.Join(err, r.close()) }()
+	return r.stopPost()
 }
 
 func (r *run) stopPost() error {

@@ -1,6 +1,7 @@
 package state
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -115,8 +116,11 @@ func (d *Dir) Read(service string) (*State, error) {
 // Write replaces the state of a service as a whole: whoever reads sees the old
 // one or the new one, also after a crash.
 func (d *Dir) Write(s *State) error {
-	text, err := json.MarshalIndent(s, "", "\t")
-	if err != nil {
+	var text bytes.Buffer
+	e := json.NewEncoder(&text)
+	e.SetEscapeHTML(false) // addresses have & in them, and people read this
+	e.SetIndent("", "\t")
+	if err := e.Encode(s); err != nil {
 		return fmt.Errorf("state of %s: %w", s.Service, err)
 	}
 	if err := makeDir(d.fd, s.Service); err != nil {
@@ -135,7 +139,7 @@ func (d *Dir) Write(s *State) error {
 		return fmt.Errorf("write %s: %w", name, err)
 	}
 	f := os.NewFile(uintptr(fd), name)
-	_, err = f.Write(append(text, '\n'))
+	_, err = f.Write(text.Bytes())
 	if err == nil {
 		err = f.Chmod(0o644) // whatever the umask is
 	}
