@@ -74,14 +74,16 @@ type run struct {
 	known bool         // whether unit is what systemd said
 	going bool         // whether the whole system goes down
 
-	cgroup   proc.Cgroup
-	store    *notify.Conn // nil: no fd store
-	dir      *state.Dir
-	lock     *state.Lock
-	st       *state.State
-	service  *bpfprog.Service // nil: there is none yet
-	groups   map[config.Address]*bpfprog.Group
-	undoList []undo
+	cgroup proc.Cgroup
+	store  *notify.Conn // nil: no fd store
+	dir    *state.Dir
+	lock   *state.Lock
+	// groupsLock is held where groups are shared with other services, after lock.
+	groupsLock *state.Lock
+	st         *state.State
+	service    *bpfprog.Service // nil: there is none yet
+	groups     map[config.Address]*bpfprog.Group
+	undoList   []undo
 }
 
 type undo struct {
@@ -108,12 +110,33 @@ func (r *run) open(ctx context.Context) (err error) {
 	if r.dir, err = state.Open(state.Root); err != nil {
 		return classify(err)
 	}
+	r.lock, err = r.takeLock(ctx, r.Service)
+	return err
+}
+
+// lockGroups keeps other services from building or removing a group that this
+// one shares with them. No service has that name.
+func (r *run) lockGroups(ctx context.Context) (err error) {
+	shared := func(l config.Listener) bool { return l.MaxApps > 1 }
+	all := slices.Clone(r.Listeners)
+	for _, b := range r.st.Banks {
+		ls, err := listeners(b)
+		if err != nil {
+			return classify(err)
+		}
+		all = append(all, ls...)
+	}
+	if slices.ContainsFunc(all, shared) {
+		r.groupsLock, err = r.takeLock(ctx, "+groups")
+	}
+	return err
+}
+
+func (r *run) takeLock(ctx context.Context, name string) (*state.Lock, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, lockTimeout, fmt.Errorf("it was not over within %v", lockTimeout))
 	defer cancel()
-	if r.lock, err = r.dir.Lock(ctx, r.Service); err != nil {
-		return classify(err)
-	}
-	return nil
+	lock, err := r.dir.Lock(ctx, name)
+	return lock, classify(err)
 }
 
 func (r *run) close() error {
@@ -123,6 +146,9 @@ func (r *run) close() error {
 	}
 	if r.service != nil {
 		err = errors.Join(err, r.service.Close())
+	}
+	if r.groupsLock != nil {
+		err = errors.Join(err, r.groupsLock.Remove())
 	}
 	if r.lock != nil {
 		err = errors.Join(err, r.lock.Unlock())
@@ -178,6 +204,8 @@ func (r *run) load() error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		st = state.New(r.Service)
+	case errors.Is(err, state.ErrInvalid):
+		return classify(fmt.Errorf("%w (remove it: which generations live is then found out from what is pinned)", err))
 	case err != nil:
 		return classify(err)
 	}
@@ -221,7 +249,7 @@ func (r *run) step(ctx context.Context, name string, do func() error, back func(
 	begun := time.Now()
 	err := ctx.Err()
 	if err != nil {
-		err = fmt.Errorf("interrupted: %w", err)
+		err = fmt.Errorf("interrupted before %s: %w", name, err)
 	} else if r.env.Fault != nil {
 		err = r.env.Fault(name)
 	}
@@ -229,7 +257,7 @@ func (r *run) step(ctx context.Context, name string, do func() error, back func(
 		err = do()
 	}
 	if err != nil {
-		return classify(fmt.Errorf("%s: %w", name, err))
+		return classify(err)
 	}
 	r.log(debug, "%s: %v", name, time.Since(begun).Round(10*time.Microsecond))
 	if back != nil {

@@ -27,7 +27,7 @@ type facts struct {
 // fact is what is true of one generation now.
 type fact struct {
 	generation uint64
-	held       bool // a process of the service, other than a keeper, has sockets of it open
+	held       bool // it has a server
 	keeper     bool // its keeper lives
 	full       bool // all its slots are full: what crashed can come back
 	watched    bool // its watch is not over
@@ -92,6 +92,18 @@ func (p processes) servers(b state.Bank) []int {
 	return pids
 }
 
+// kept says whether a generation's keeper lives, as far as its control word tells.
+func (p processes) kept(word control.Bank) bool {
+	return p.pids[word.Keeper] && proc.Comm(word.Keeper) == keeperComm
+}
+
+// served says whether a generation has a server: somebody has its sockets, or
+// its keeper lives and so does the server that it names, which may have closed
+// what it did not know.
+func (p processes) served(b state.Bank, word control.Bank) bool {
+	return len(p.servers(b)) > 0 || p.kept(word) && p.pids[word.Server]
+}
+
 // gather collects the facts.
 func (r *run) gather(p processes) (facts, error) {
 	f := facts{automatic: r.known && r.unit.Restarts > 0, banks: map[int]fact{}}
@@ -107,8 +119,8 @@ func (r *run) gather(p processes) (facts, error) {
 		}
 		f.banks[n] = fact{
 			generation: b.Generation,
-			held:       len(p.servers(b)) > 0,
-			keeper:     p.pids[word.Keeper] && proc.Comm(word.Keeper) == keeperComm,
+			held:       p.served(b, word),
+			keeper:     p.kept(word),
 			full:       full,
 			watched:    word.WatchUntil > control.Now(),
 			alive:      ctl.Alive(n),

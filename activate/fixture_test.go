@@ -199,11 +199,10 @@ func (m *manager) fds(prefix string) []int {
 // fixture is one service under test.
 type fixture struct {
 	*manager
-	req   Request
-	env   Env
-	log   bytes.Buffer
-	run   int // counts the unit's runs
-	steps []string
+	req Request
+	env Env
+	log bytes.Buffer
+	run int // counts the unit's runs
 }
 
 // newFixture is a service that listens on those addresses. Its first run has begun.

@@ -79,7 +79,7 @@ func TestWrongInputs(t *testing.T) {
 		says    []string
 	}{
 		"address of another process": {udp, false, func(t *testing.T, f *fixture) { foreignSocket(t, "udp", "127.0.0.1:5201", 0, 0) },
-			StatusInUse, []string{"sockets of echo: bind udp://127.0.0.1:5201", "in use by " + me + " of uid 0", "choose another address"}},
+			StatusInUse, []string{"bind udp://127.0.0.1:5201", "in use by " + me + " of uid 0", "choose another address"}},
 		"wildcard of another process": {udp, false, func(t *testing.T, f *fixture) { foreignSocket(t, "udp", "0.0.0.0:5201", 0, 0) },
 			StatusInUse, []string{"bind udp://127.0.0.1:5201", "in use by " + me}},
 		"group of another user": {udp, false, func(t *testing.T, f *fixture) { foreignSocket(t, "udp", "127.0.0.1:5201", 1, 1) },
@@ -118,7 +118,7 @@ func TestWrongInputs(t *testing.T) {
 			must(t, os.Symlink("old", path(t, "groups", "udp-7f000001-5201", "slots")))
 			must(t, os.Remove(path(t, "groups", "udp-7f000001-5201", "meta")))
 			must(t, os.Symlink("../nowhere", path(t, "groups", "udp-7f000001-5201", "meta")))
-		}, StatusFailure, nil},
+		}, StatusUnsafe, []string{"group udp://127.0.0.1:5201", "not all of them", "remove what is pinned for it"}},
 		"pins that others can write": {udp, true, func(t *testing.T, f *fixture) { must(t, os.Chmod(path(t, "services"), 0o777)) },
 			StatusUnsafe, []string{"/services", "mode 0777", "chmod 0700"}},
 		"pins of somebody else": {udp, true, func(t *testing.T, f *fixture) { must(t, os.Chown(path(t), 1, 1)) },
@@ -128,7 +128,7 @@ func TestWrongInputs(t *testing.T) {
 			must(t, os.Symlink("elsewhere", path(t, "groups")))
 		}, StatusUnsafe, []string{"/groups is no directory", "remove it"}},
 		"record that is garbage": {udp, true, func(t *testing.T, f *fixture) { must(t, os.WriteFile("/run/grm/echo/state.json", []byte("{"), 0o644)) },
-			StatusUnsafe, []string{"/run/grm/echo/state.json", "invalid state file", "unexpected end"}},
+			StatusUnsafe, []string{"/run/grm/echo/state.json", "invalid state file", "unexpected end", "remove it: which generations live"}},
 		"record of somebody else": {udp, true, func(t *testing.T, f *fixture) { must(t, os.Chown("/run/grm/echo/state.json", 65534, 65534)) },
 			StatusUnsafe, []string{"/run/grm/echo/state.json", "belongs to uid 65534"}},
 		"record elsewhere": {udp, true, func(t *testing.T, f *fixture) {
@@ -149,7 +149,7 @@ func TestWrongInputs(t *testing.T) {
 			StatusConflict, []string{"timeout is 2m4s, not 5s", "flows is 65536, not 2048"}},
 		"group of another service": {udp, true, func(t *testing.T, f *fixture) { f.req.Service = "other"; f.req.Listeners[0].Name = "other" },
 			StatusConflict, []string{"udp://127.0.0.1:5201: another service has sockets there as app 0", "--apps-max"}},
-		"a kernel without that name": {udp, false, func(t *testing.T, f *fixture) {
+		"cBPF dissector without a program": {udp, false, func(t *testing.T, f *fixture) {
 			f.req.Listeners[0].Program.File = "/x"
 			f.req.Listeners[0].Dissector = "cbpf"
 		},
@@ -546,5 +546,74 @@ func TestWatchdog(t *testing.T) {
 	f.mustStart()
 	if plan := i.ctl.Plan(); plan != (control.Plan{Verb: control.Again, Bank: i.bank}) {
 		t.Errorf("plan %v", plan)
+	}
+}
+
+// Two services share an address: what one does leaves the other's alone, and the last one removes the group.
+func TestSharedGroup(t *testing.T) {
+	address := func(app int) string {
+		return fmt.Sprintf("udp://127.0.0.1:5201?dissector=cbpf&app=%d&max_apps=2&program=1,6+0+0+4294967295", app)
+	}
+	f := newFixture(t, "echo", address(0))
+	f.mustStart()
+	f.serve(0)
+	other := *f
+	other.listen("other", address(1))
+	other.mustStart()
+	if names := strings.Join(f.names(), " "); !strings.Contains(names, "grm.echo.1.0") || !strings.Contains(names, "grm.other.1.0") {
+		t.Errorf("stored: %s", names)
+	}
+	// The same number as the other one has.
+	third := *f
+	third.listen("third", address(1))
+	if err := third.start(); Status(err) != StatusConflict || !strings.Contains(err.Error(), "as app 1") {
+		t.Errorf("a third one: status %d: %v", Status(err), err)
+	}
+	third.listen("third", address(1)+"&flows=2048")
+	if err := third.start(); Status(err) != StatusConflict || !strings.Contains(err.Error(), "flows is 65536, not 2048") {
+		t.Errorf("a third one: status %d: %v", Status(err), err)
+	}
+	for n, which := range []*fixture{&other, f} {
+		which.setUnit(func(u *systemd.Unit) { u.Job = "stop" })
+		must(t, StopPost(context.Background(), which.req, which.env))
+		if keys, err := bpfprog.Groups(); err != nil || len(keys) != 1-n {
+			t.Errorf("groups %v, %v", keys, err)
+		}
+	}
+	if left := f.snapshot(); left != "" {
+		t.Errorf("left:\n%s", left)
+	}
+}
+
+// More sockets than one message carries.
+func TestManySockets(t *testing.T) {
+	f := newFixture(t, "echo", "udp://127.0.0.1:5201?name=a&sockets=256&dissector=noop", "tcp://127.0.0.1:5201?name=b&sockets=256")
+	f.mustStart()
+	if n := len(f.names()); n != 513 {
+		t.Errorf("%d stored", n)
+	}
+	f.serve(0)
+	if where := f.arrives(f.req.Listeners[0]); where == "" {
+		t.Error("a packet came nowhere")
+	}
+}
+
+// A server that has closed the sockets it was given is still a server.
+func TestServerWithoutSockets(t *testing.T) {
+	f := newFixture(t, "echo", "udp://127.0.0.1:5201")
+	f.mustStart()
+	i := f.serve(0)
+	i.server.kill()
+	i.server = f.spawn("server")
+	i.ctl.SetPids(i.bank, i.keeper.pid(), i.server.pid())
+	f.stopPost("restart", "success", "exited", "0")
+	f.nextRun()
+	f.mustStart()
+	if plan := i.ctl.Plan(); plan.Verb != control.Start || plan.Bank == i.bank {
+		t.Errorf("plan %v", plan)
+	}
+	f.stopPost("start", "exit-code", "exited", "1")
+	if i.server.ended() || i.keeper.ended() {
+		t.Error("a failed start has ended the old instance")
 	}
 }

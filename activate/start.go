@@ -72,6 +72,9 @@ func (r *run) start(ctx context.Context) error {
 	if err := r.backOff(ctx); err != nil {
 		return err
 	}
+	if err := r.lockGroups(ctx); err != nil {
+		return err
+	}
 	if r.st.Pending != nil {
 		if err := r.repair(); err != nil {
 			return fmt.Errorf("undo a start that was killed: %w", err)
@@ -336,7 +339,7 @@ func (s *start) makeRoom() error {
 		return err
 	}
 	for deadline := time.Now().Add(endTimeout); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if p, err := s.look(); err != nil || len(p.servers(b)) == 0 {
+		if p, err := s.look(); err != nil || !p.served(b, s.service.Control().Bank(n)) {
 			break // an error shows again below
 		}
 	}
@@ -481,6 +484,9 @@ func (s *start) replaceGroup(g *bpfprog.Group, l config.Listener, differs error)
 
 func (s *start) createGroup(spec bpfprog.GroupSpec, l config.Listener) (*bpfprog.Group, error) {
 	g, err := bpfprog.CreateGroup(spec)
+	if errors.Is(err, fs.ErrExist) { // and yet it could not be opened
+		return nil, badPin(fmt.Errorf("group %s: its pins are there, but not all of them: %w", l.Address, err))
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -75,5 +75,5 @@ func badPin(err error) error {
 	if err = classify(err); err == nil || Status(err) != StatusFailure {
 		return err
 	}
-	return withStatus(StatusUnsafe, fmt.Errorf("%w (the pin is corrupt: stop the service, see what is there, and remove it with grm delete)", err))
+	return withStatus(StatusUnsafe, fmt.Errorf("%w (stop the services that use it, then remove what is pinned for it below %s)", err, bpfprog.Root))
 }

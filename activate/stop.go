@@ -62,10 +62,10 @@ func StopPost(ctx context.Context, req Request, env Env) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.close()) }()
-	return r.stopPost()
+	return r.stopPost(ctx)
 }
 
-func (r *run) stopPost() error {
+func (r *run) stopPost(ctx context.Context) error {
 	if err := r.ask(); err != nil {
 		return err
 	}
@@ -75,6 +75,9 @@ func (r *run) stopPost() error {
 		// Whatever is wrong with the record: a stop ends everything that can be found.
 		r.st = state.New(r.Service)
 		return errors.Join(err, r.end())
+	}
+	if err == nil {
+		err = r.lockGroups(ctx)
 	}
 	if err != nil {
 		return err
@@ -224,9 +227,13 @@ func (r *run) afterAttempt() error {
 		err = r.endAttempt(p, b, plan, result)
 	case result.service == "watchdog":
 		// It hangs: as good as dead, but for its sockets, which the next one gets.
-		err = r.kill(p.servers(b), time.Now().Add(killTimeout))
+		hung := p.servers(b)
+		if p.kept(word) && p.pids[word.Server] {
+			hung = append(hung, word.Server)
+		}
+		err = r.kill(hung, time.Now().Add(killTimeout))
 		r.fail(b.Generation, result.reason("served"))
-	case len(p.servers(b)) == 0 && r.replaced(p, b):
+	case !p.served(b, word) && r.replaced(p, b):
 		// It died in its watch, and an older one has taken over.
 		err = r.release(b)
 		if result.service != "success" {
@@ -262,11 +269,13 @@ func (r *run) attempt(p processes, b state.Bank, plan state.Plan) []int {
 		if n == b.Bank || word.ReadyAt == 0 {
 			continue
 		}
-		servers := p.servers(other)
-		for _, pid := range servers {
+		if !p.served(other, word) {
+			continue
+		}
+		for _, pid := range p.servers(other) {
 			kept[pid] = true
 		}
-		if len(servers) > 0 && p.pids[word.Keeper] {
+		if p.kept(word) {
 			kept[word.Keeper] = true
 		}
 	}
@@ -306,7 +315,7 @@ func (r *run) replaced(p processes, b state.Bank) bool {
 		}
 		word := ctl.Bank(n)
 		older, known := r.st.Banks[n]
-		if known && older.Generation < b.Generation && len(p.servers(older)) > 0 && p.pids[word.Keeper] {
+		if known && older.Generation < b.Generation && p.served(older, word) && p.kept(word) {
 			return !working || ctl.Bank(b.Bank).WatchUntil > control.Now()
 		}
 	}
