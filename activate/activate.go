@@ -75,7 +75,7 @@ type run struct {
 	going bool         // whether the whole system goes down
 
 	cgroup proc.Cgroup
-	store  *notify.Conn // nil: no fd store
+	store  *notify.Conn // nil, which does nothing: a command gets the sockets
 	dir    *state.Dir
 	lock   *state.Lock
 	// groupsLock is held where groups are shared with other services, after lock.
@@ -104,8 +104,10 @@ func (r *run) open(ctx context.Context) (err error) {
 	if r.cgroup, err = proc.Own(); err != nil {
 		return unfit(err)
 	}
-	if r.store, err = notify.Open(); err != nil {
-		return unfit(err)
+	if len(r.Command) == 0 {
+		if r.store, err = notify.Open(); err != nil {
+			return unfit(err)
+		}
 	}
 	if r.dir, err = state.Open(state.Root); err != nil {
 		return classify(err)
@@ -351,6 +353,29 @@ func (r *run) drop(b state.Bank) error {
 		}
 		for index := range max(len(b.Listeners[i].Inodes), l.Sockets.Of(0)) {
 			err = errors.Join(err, r.store.Forget(socketName(l.Name, b.Generation, index)))
+		}
+	}
+	return errors.Join(err, r.forgetMaps(ls, b.Bank))
+}
+
+// forgetMaps takes those maps out of the fd store that no bank other than the
+// given one needs.
+func (r *run) forgetMaps(ls []config.Listener, bank int) error {
+	needed := map[string]bool{}
+	for n, b := range r.st.Banks {
+		for _, l := range b.Listeners {
+			if n != bank {
+				needed[controlName], needed[flowsName(l.Name)] = true, true
+			}
+		}
+	}
+	var err error
+	if !needed[controlName] {
+		err = r.store.Forget(controlName)
+	}
+	for _, l := range ls {
+		if !needed[flowsName(l.Name)] {
+			err = errors.Join(err, r.store.Forget(flowsName(l.Name)))
 		}
 	}
 	return err

@@ -113,7 +113,7 @@ func (r *run) storeNeed() int {
 // checkRoom says whether the fd store has room for the new generation's
 // sockets, and for the maps if they are not there yet.
 func (s *start) checkRoom() error {
-	if s.store == nil || !s.known || len(s.Command) > 0 {
+	if s.store == nil || !s.known {
 		return nil
 	}
 	more := 1 + len(s.Listeners)

@@ -617,3 +617,42 @@ func TestServerWithoutSockets(t *testing.T) {
 		t.Error("a failed start has ended the old instance")
 	}
 }
+
+// A second unit with the same name is refused, and its end does not touch the first one's.
+func TestNameOfAnotherUnit(t *testing.T) {
+	f := newFixture(t, "echo", "udp://127.0.0.1:5201")
+	f.mustStart()
+	i := f.serve(0)
+	before := f.snapshot()
+	f.nextRun()
+	f.setUnit(func(u *systemd.Unit) { u.Name = "second.service" })
+	f.req.Unit = "second.service"
+	if err := f.start(); Status(err) != StatusConflict || !strings.Contains(err.Error(), "service echo: echo.service runs under this name") {
+		t.Errorf("status %d: %v", Status(err), err)
+	}
+	f.stopPost("stop", "success", "exited", "0")
+	if d := differences(before, f.snapshot()); d != "" || i.server.ended() {
+		t.Errorf("ended %v, changed:\n%s", i.server.ended(), d)
+	}
+}
+
+// What a listener had goes with it.
+func TestRemovedListener(t *testing.T) {
+	f := newFixture(t, "echo", "udp://127.0.0.1:5201?name=a", "udp://127.0.0.1:5202?name=b")
+	f.mustStart()
+	old := f.serve(0)
+	f.nextRun()
+	f.listen("echo", "udp://127.0.0.1:5201?name=a")
+	f.mustStart()
+	f.serve(0)
+	old.ctl.SetState(old.bank, control.Ended)
+	old.crash()
+	f.nextRun()
+	f.mustStart()
+	if names := strings.Join(f.names(), " "); names != "grm.a.2.0 grm.a.3.0 grm.ctl grm.flows.a" {
+		t.Errorf("stored: %s", names)
+	}
+	if keys, err := bpfprog.Groups(); err != nil || len(keys) != 1 {
+		t.Errorf("groups %v, %v", keys, err)
+	}
+}

@@ -56,6 +56,7 @@ func (req Request) sockets() int {
 }
 
 func (r *run) start(ctx context.Context) error {
+	r.Listeners = slices.Clone(r.Listeners)
 	for i := range r.Listeners {
 		l := &r.Listeners[i]
 		l.Sockets = config.Count(l.Sockets.Of(runtime.NumCPU()))
@@ -81,6 +82,9 @@ func (r *run) start(ctx context.Context) error {
 		}
 	}
 	if err := r.adopt(); err != nil {
+		return err
+	}
+	if err := r.checkName(); err != nil {
 		return err
 	}
 	uid, name, err := r.owner()
@@ -210,12 +214,13 @@ func (s *start) fresh(ctx context.Context) error {
 	if err := s.common(ctx); err != nil {
 		return err
 	}
-	if s.store != nil && len(s.Command) == 0 {
-		if err := s.step(ctx, "fd store", s.storeSockets, s.forgetSockets); err != nil {
-			return err
-		}
+	if err := s.step(ctx, "fd store", s.storeSockets, s.forgetSockets); err != nil {
+		return err
 	}
-	if err := s.step(ctx, "record", s.record, nil); err != nil {
+	if err := s.step(ctx, "record", s.record, func() error {
+		s.st.Banks = s.before.Banks // so that what follows finds the maps unused; the file is restored at the end
+		return nil
+	}); err != nil {
 		return err
 	}
 	if err := s.step(ctx, "publish", func() error { return nil }, nil); err != nil {
@@ -272,10 +277,9 @@ func (s *start) common(ctx context.Context) error {
 	if err := s.step(ctx, "hooks", s.attachHooks, s.pruneHooks); err != nil {
 		return err
 	}
-	if s.store != nil && len(s.Command) == 0 {
-		return s.step(ctx, "maps to the fd store", s.storeMaps, nil)
-	}
-	return nil
+	return s.step(ctx, "maps to the fd store", s.storeMaps, func() error {
+		return errors.Join(s.forgetMaps(s.Listeners, -1), s.store.Barrier(barrierTimeout))
+	})
 }
 
 // publish tells the decoy what to do. It consists of stores to memory.
@@ -290,6 +294,29 @@ func (s *start) publish() {
 		ctl.SetReady(s.bank.Bank, control.Now(), 0)
 		ctl.Flip(s.bank.Bank)
 	}
+}
+
+// checkName refuses the name of a service that another unit runs.
+func (r *run) checkName() error {
+	if len(r.st.Banks) == 0 || r.st.Unit == r.Unit || r.st.Plan == nil {
+		return nil
+	}
+	for _, b := range r.st.Banks {
+		ls, err := listeners(b)
+		if err != nil {
+			return classify(err)
+		}
+		for _, l := range ls {
+			cookies, err := r.slots(l, b.Bank)
+			if err != nil {
+				return err
+			}
+			if slices.ContainsFunc(cookies, func(cookie uint64) bool { return cookie != 0 }) {
+				return conflict(fmt.Errorf("service %s: %s runs under this name (choose another one, or stop that)", r.Service, cmp.Or(r.st.Unit, "something without a unit")))
+			}
+		}
+	}
+	return nil
 }
 
 // checkUser refuses another user for the sockets while there are some.

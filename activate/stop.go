@@ -1,6 +1,7 @@
 package activate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -82,6 +83,10 @@ func (r *run) stopPost(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if r.st.Plan != nil && r.st.Unit != r.Unit {
+		r.log(notice, "%s runs under this name: nothing to do for %s", cmp.Or(r.st.Unit, "something without a unit"), r.Unit)
+		return nil
+	}
 	if final {
 		return r.end()
 	}
@@ -124,9 +129,6 @@ func (r *run) end() error {
 	}
 	for _, n := range sortedKeys(r.st.Banks) {
 		note(r.drop(r.st.Banks[n]))
-		for _, l := range r.st.Banks[n].Listeners {
-			note(r.store.Forget(flowsName(l.Name)))
-		}
 		delete(r.st.Banks, n)
 	}
 	note(r.store.Forget(controlName))
