@@ -214,11 +214,13 @@ static __always_inline struct grm_meta *the_meta(void)
 /* This CPU's line of counters of a bank. */
 static __always_inline struct grm_stats *stats_of(struct grm_control *c, __u32 bank)
 {
-	__u32 cpu = bpf_get_smp_processor_id();
+	__u64 cpu = bpf_get_smp_processor_id(), line = bank & (GRM_BANKS - 1);
 
 	if (cpu >= cpus)
 		cpu = 0;
-	return (void *)c + GRM_STATS_OFFSET + (cpu * GRM_BANKS + (bank & (GRM_BANKS - 1))) * sizeof(struct grm_stats);
+	/* Linux 6.1 loses the bounds in 32-bit arithmetic, and in copies that were made before the check. */
+	asm volatile("" : "+r"(cpu), "+r"(line));
+	return (void *)c + GRM_STATS_OFFSET + cpu * GRM_BANKS * sizeof(struct grm_stats) + line * sizeof(struct grm_stats);
 }
 
 /*
