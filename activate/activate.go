@@ -251,7 +251,7 @@ func (r *run) step(ctx context.Context, name string, do func() error, back func(
 	begun := time.Now()
 	err := ctx.Err()
 	if err != nil {
-		err = fmt.Errorf("interrupted before %s: %w", name, err)
+		err = fmt.Errorf("interrupted before %s: %w", name, context.Cause(ctx))
 	} else if r.env.Fault != nil {
 		err = r.env.Fault(name)
 	}

@@ -57,7 +57,7 @@ func newManager(t *testing.T, name string) *manager {
 		t.Fatal(err)
 	}
 	m := &manager{t: t, listener: l, ended: make(chan struct{}), unit: systemd.Unit{
-		Name: name, LoadState: "loaded", ActiveState: "activating", Type: "notify", NotifyAccess: "all", StoreMax: 2000, Restart: "always", User: "nobody", UID: systemd.NoUID,
+		Name: name, LoadState: "loaded", ActiveState: "activating", Type: "notify", NotifyAccess: "all", StoreMax: 2000, Restart: "always", User: "nobody", UID: systemd.NoUID, StopTimeout: killTimeout + 100*time.Millisecond,
 	}}
 	if err := unix.Pipe2(m.wake[:], unix.O_CLOEXEC); err != nil {
 		t.Fatal(err)

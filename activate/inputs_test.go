@@ -656,3 +656,26 @@ func TestRemovedListener(t *testing.T) {
 		t.Errorf("groups %v, %v", keys, err)
 	}
 }
+
+// A stop that came when nobody could be told: the servers get their time, then SIGKILL.
+func TestStopWithoutStop(t *testing.T) {
+	f := newFixture(t, "echo", "udp://127.0.0.1:5201")
+	f.mustStart()
+	i := f.serve(0)
+	orphan := f.spawn("orphan") // ends on SIGTERM
+	ended := make(chan error)
+	go func() {
+		// What a keeper does when it sees the flag; the server itself takes no notice.
+		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline) && !i.ctl.Closing(); {
+			time.Sleep(time.Millisecond)
+		}
+		ended <- orphan.cmd.Wait()
+	}()
+	f.stopPost("stop", "success", "exited", "0")
+	if err := <-ended; err == nil || err.Error() != "signal: terminated" {
+		t.Errorf("a process without a keeper: %v", err)
+	}
+	if !i.server.ended() || !i.keeper.ended() {
+		t.Error("processes outlive a stop")
+	}
+}

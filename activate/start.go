@@ -134,7 +134,7 @@ func (r *run) backOff(ctx context.Context) error {
 	}
 	select {
 	case <-ctx.Done():
-		return fmt.Errorf("interrupted: %w", ctx.Err())
+		return fmt.Errorf("interrupted in the wait before the next start: %w", context.Cause(ctx))
 	case <-time.After(delay):
 		return nil
 	}

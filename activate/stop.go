@@ -20,7 +20,8 @@ import (
 )
 
 const (
-	killTimeout = 5 * time.Second
+	killTimeout  = 5 * time.Second
+	defaultGrace = 30 * time.Second // where the unit has no TimeoutStopSec=
 	// An instance that was ready for so long ran well: the wait before the next automatic start begins anew.
 	ranWell = 10 * time.Second
 )
@@ -117,12 +118,13 @@ func restarts(policy, result string) bool {
 
 // end ends all processes of the service, and removes whatever it has.
 func (r *run) end() error {
+	grace := r.grace()
 	if r.service != nil {
 		r.service.Control().SetClosing(true)
 	}
 	var all []error
 	note := func(err error) { all = append(all, err) }
-	note(r.killAll())
+	note(r.endAll(grace))
 	if b := r.st.Pending; b != nil {
 		note(r.drop(*b))
 		r.st.Pending = nil
@@ -147,11 +149,45 @@ func (r *run) end() error {
 	return nil
 }
 
-// killAll ends whatever is in the unit's cgroup, but for this process and
-// those that it is a child of. New children may come while it goes on.
-func (r *run) killAll() error {
+// grace is how long the servers still have to end by themselves. None, if they
+// have been told by the decoy and had their time; all that the unit gives, if
+// the stop came when the decoy did not know that it is one, and ExecStop= was
+// not run.
+func (r *run) grace() time.Duration {
+	if r.service == nil || r.service.Control().Closing() || os.Getenv("SERVICE_RESULT") == "timeout" {
+		return 0
+	}
+	if r.unit.StopTimeout == 0 {
+		return defaultGrace
+	}
+	return max(0, r.unit.StopTimeout-killTimeout)
+}
+
+// endAll ends whatever is in the unit's cgroup, but for this process and those
+// that it is a child of. Keepers see the closing flag and pass the stop signal
+// on; who has none gets SIGTERM. New children may come while it goes on.
+func (r *run) endAll(grace time.Duration) error {
 	if r.cgroup.Unit() == "" {
 		return nil // a cgroup that others are in as well
+	}
+	told := map[int]bool{}
+	for deadline := time.Now().Add(grace); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		p, err := r.look()
+		if err != nil || len(p.pids) == 0 {
+			return err
+		}
+		keepers := map[int]bool{}
+		for pid := range p.pids {
+			keepers[pid] = proc.Comm(pid) == keeperComm
+		}
+		for pid := range p.pids {
+			if !told[pid] && !p.descends(pid, keepers) {
+				told[pid] = true
+				if err := r.signal(pid, unix.SIGTERM); err != nil {
+					return err
+				}
+			}
+		}
 	}
 	deadline := time.Now().Add(killTimeout)
 	for {
@@ -166,6 +202,18 @@ func (r *run) killAll() error {
 			return fmt.Errorf("%d processes of %s are still there %v after SIGKILL", len(p.pids), r.cgroup, killTimeout)
 		}
 	}
+}
+
+// signal sends a signal to a process if it is in the cgroup.
+func (r *run) signal(pid int, sig unix.Signal) error {
+	p, err := r.cgroup.Find(pid)
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, proc.ErrElsewhere) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(p.Signal(sig), p.Close())
 }
 
 // kill sends SIGKILL to processes of the cgroup, and waits for their end.
@@ -333,6 +381,9 @@ func (r *run) release(b state.Bank) error {
 
 // fail records that a start came to nothing.
 func (r *run) fail(generation uint64, reason string) {
+	if strings.Contains(r.unit.Job, "restart") {
+		return // somebody did not wait for it
+	}
 	r.st.Failed = &state.Failed{Generation: generation, Reason: reason, At: time.Now().UTC().Truncate(time.Second), Invocation: os.Getenv("INVOCATION_ID")}
 	r.log(warning, "gen %d: %s", generation, reason)
 }
@@ -364,6 +415,9 @@ func (r result) reason(state string) string {
 		}
 		if n, err := strconv.Atoi(r.status); err == nil {
 			return exitReason(n)
+		}
+		if r.service == "signal" {
+			return "killed by a signal"
 		}
 	}
 	return strings.TrimSpace(r.service + " " + r.code + " " + r.status)

@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -89,6 +90,7 @@ type Unit struct {
 	UID            uint32 // what User= or DynamicUser= came to; NoUID if not known yet
 	PrivateNetwork bool
 	MainPID        uint32
+	StopTimeout    time.Duration // TimeoutStopSec=; 0: none
 }
 
 // NoUID stands for a user that systemd has not looked up yet.
@@ -104,6 +106,7 @@ func (c *Conn) Unit(name string) (Unit, error) {
 		ID   uint32
 		Path dbus.ObjectPath
 	}
+	var stopTimeout uint64
 	object := c.bus.Object(destination, unitPath(name))
 	const unit, service = "Unit.", "Service."
 	questions := []question{
@@ -111,9 +114,13 @@ func (c *Conn) Unit(name string) (Unit, error) {
 		{service + "Type", &u.Type}, {service + "NRestarts", &u.Restarts}, {service + "NotifyAccess", &u.NotifyAccess},
 		{service + "NFileDescriptorStore", &u.Stored}, {service + "FileDescriptorStoreMax", &u.StoreMax}, {service + "Restart", &u.Restart},
 		{service + "User", &u.User}, {service + "UID", &u.UID}, {service + "PrivateNetwork", &u.PrivateNetwork}, {service + "MainPID", &u.MainPID},
+		{service + "TimeoutStopUSec", &stopTimeout},
 	}
 	if err := ask(ctx, object, questions); err != nil {
 		return Unit{}, fmt.Errorf("ask systemd about %s: %w", name, err)
+	}
+	if most := uint64(math.MaxInt64 / time.Microsecond); stopTimeout < most { // else it is systemd's infinity
+		u.StopTimeout = time.Duration(stopTimeout) * time.Microsecond
 	}
 	if job.ID != 0 {
 		err := ask(ctx, c.bus.Object(destination, job.Path), []question{{"Job.JobType", &u.Job}})

@@ -103,16 +103,24 @@ func unit() map[string]any {
 		"Unit.LoadState": "loaded", "Unit.ActiveState": "activating", "Unit.SubState": "start-pre", "Unit.Job": job{0, "/"},
 		"Service.Type": "notify", "Service.NRestarts": uint32(3), "Service.NotifyAccess": "all", "Service.NFileDescriptorStore": uint32(6),
 		"Service.FileDescriptorStoreMax": uint32(64), "Service.Restart": "always", "Service.User": "echo", "Service.UID": NoUID,
-		"Service.PrivateNetwork": false, "Service.MainPID": uint32(12),
+		"Service.PrivateNetwork": false, "Service.MainPID": uint32(12), "Service.TimeoutStopUSec": uint64(30e6),
 	}
 }
 
 func TestUnit(t *testing.T) {
 	u, err := fake(t, unit()).Unit("e-1.service")
 	want := Unit{Name: "e-1.service", LoadState: "loaded", ActiveState: "activating", SubState: "start-pre", Type: "notify", Restarts: 3,
-		NotifyAccess: "all", Stored: 6, StoreMax: 64, Restart: "always", User: "echo", UID: NoUID, MainPID: 12}
+		NotifyAccess: "all", Stored: 6, StoreMax: 64, Restart: "always", User: "echo", UID: NoUID, MainPID: 12, StopTimeout: 30 * time.Second}
 	if err != nil || u != want {
 		t.Fatalf("%v\n%+v\n%+v", err, u, want)
+	}
+}
+
+func TestInfinity(t *testing.T) {
+	properties := unit()
+	properties["Service.TimeoutStopUSec"] = ^uint64(0)
+	if u, err := fake(t, properties).Unit("e.service"); err != nil || u.StopTimeout != 0 {
+		t.Fatalf("%v: %v", err, u.StopTimeout)
 	}
 }
 
