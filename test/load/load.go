@@ -266,8 +266,9 @@ func (e *engine) close() {
 func (e *engine) run(ctx context.Context, g *Generator) (Result, error) {
 	defer e.close()
 	stopped := ctx.Done()
-	for {
+	for last := time.Since(e.start); ; {
 		now := time.Since(e.start)
+		e.result.Stalled, last = max(e.result.Stalled, now-last), now
 		if e.Duration > 0 && now >= e.Duration {
 			e.finish(now)
 		}

@@ -107,8 +107,9 @@ const maxMissing = 16
 // Result is the account of a load.
 type Result struct {
 	Counts
-	Flows     uint64 // flows begun
-	Strange   uint64 // packets that answer nothing that was sent
+	Flows     uint64        // flows begun
+	Strange   uint64        // packets that answer nothing that was sent
+	Stalled   time.Duration // the longest time in which the generator itself did nothing, because the machine was busy
 	Instances map[string]Instance
 	Windows   []Window
 	Missing   []Missing // the first ones of the lost datagrams
@@ -151,8 +152,8 @@ func (r Result) Err() error {
 
 func (r Result) String() string {
 	var s strings.Builder
-	fmt.Fprintf(&s, "%d flows, %d datagrams: %d answered, %d lost, %d pending, %d answered twice, %d strange; %d flows moved, %d taken over, %d refused",
-		r.Flows, r.Sent, r.Answered, r.Lost, r.Pending(), r.Duplicated, r.Strange, r.Moved, r.TakenOver, r.Refused)
+	fmt.Fprintf(&s, "%d flows, %d datagrams: %d answered, %d lost, %d pending, %d answered twice, %d strange; %d flows moved, %d taken over, %d refused; stalled %v at most",
+		r.Flows, r.Sent, r.Answered, r.Lost, r.Pending(), r.Duplicated, r.Strange, r.Moved, r.TakenOver, r.Refused, r.Stalled.Round(time.Millisecond))
 	for _, name := range slices.Sorted(maps.Keys(r.Instances)) {
 		fmt.Fprintf(&s, "\ninstance %s: %d answers, %d new flows", name, r.Instances[name].Answers, r.Instances[name].Flows)
 	}

@@ -140,8 +140,18 @@ func (s *Service) Status() (string, error) { return s.rig.Property(s.Unit, "Stat
 type Processes struct {
 	Decoy   *box.Process // what systemd takes for the service, if it lives
 	Keepers []box.Process
-	Servers []box.Process // by their number in the box, the oldest first; the children of keepers
-	Others  []box.Process // everything else: workers of servers, probes, commands of the unit
+	Servers []box.Process // by their number in the box, the oldest first
+	Others  []box.Process // everything else: workers of servers, commands of the unit
+}
+
+// Keeper is the parent of a server, if it lives.
+func (p Processes) Keeper(server box.Process) *box.Process {
+	for _, k := range p.Keepers {
+		if k.BoxPid == server.BoxPPid {
+			return &k
+		}
+	}
+	return nil
 }
 
 // Processes finds the service's processes.
@@ -155,24 +165,28 @@ func (s *Service) Processes() (Processes, error) {
 	if err != nil {
 		return found, err
 	}
-	keepers := map[int]bool{}
+	programs := map[int]bool{} // what is not grm's: servers and their workers
 	for _, p := range all {
-		// Decoy and keeper are the same program; one of them is the unit's main process.
-		switch isDecoy := strings.HasPrefix(p.Comm, "grm-"); {
-		case isDecoy && strconv.Itoa(p.BoxPid) == main:
+		switch {
+		case p.Comm == "grm-decoy" && strconv.Itoa(p.BoxPid) == main:
 			found.Decoy = &p
-		case isDecoy:
-			keepers[p.BoxPid] = true
+		case p.Comm == "grm-keeper":
 			found.Keepers = append(found.Keepers, p)
+		case strings.HasPrefix(p.Comm, "grm-"):
+		default:
+			programs[p.BoxPid] = true
 		}
 	}
 	for _, p := range all {
 		switch {
-		case keepers[p.BoxPid] || found.Decoy != nil && p.BoxPid == found.Decoy.BoxPid:
-		case keepers[p.BoxPPid]:
-			found.Servers = append(found.Servers, p)
-		default:
+		case !programs[p.BoxPid]:
+			if p.Comm != "grm-keeper" && (found.Decoy == nil || p.BoxPid != found.Decoy.BoxPid) {
+				found.Others = append(found.Others, p)
+			}
+		case programs[p.BoxPPid]:
 			found.Others = append(found.Others, p)
+		default: // its parent is a keeper, or was one: then it is systemd's
+			found.Servers = append(found.Servers, p)
 		}
 	}
 	return found, nil

@@ -77,7 +77,7 @@ func TestPlain(t *testing.T) {
 		t.Errorf("%v, %v", r, err)
 	}
 	procs, err := s.Processes()
-	if err != nil || procs.Decoy != nil || len(procs.Others) != 1 || procs.Others[0].Comm != "echo" {
+	if err != nil || procs.Decoy != nil || len(procs.Servers) != 1 || procs.Servers[0].Comm != "echo" {
 		t.Errorf("processes %+v, %v", procs, err)
 	}
 	if err := r.InstallUnits(map[string]string{s.Unit + ".d/pre.conf": "[Service]\nExecStartPre=/bin/sleep 0.02\n"}); err != nil {

@@ -22,7 +22,7 @@ func TestNewVersionExits(t *testing.T) {
 		`"/bin/sh", "-c", "kill -SEGV $$"`:       "SEGV",
 		`"/usr/lib/grm/examples/none"`:           "none",
 		`"/etc/passwd"`:                          "passwd",
-		`"/bin/sh", "-c", "exec sleep infinity"`: "ready",
+		`"/bin/sh", "-c", "exec sleep infinity"`: "not ready",
 	} {
 		g.Mark(version)
 		change := append(append([]string{}, good...), `"/usr/lib/grm/examples/echo"`, version)

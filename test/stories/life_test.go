@@ -137,16 +137,21 @@ func TestStopInEachPhase(t *testing.T) {
 	}
 }
 
+// killKeeper kills the keeper of the newest server.
+func killKeeper(p rig.Processes) error {
+	return p.Keeper(p.Servers[len(p.Servers)-1]).Kill(unix.SIGKILL)
+}
+
 // TestKilledHelpers kills the decoy and the keeper, alone and together: no datagram is lost and no flow moves, since servers live.
 func TestKilledHelpers(t *testing.T) {
 	for name, kill := range map[string]func(rig.Processes) error{
 		"decoy":  func(p rig.Processes) error { return p.Decoy.Kill(unix.SIGKILL) },
-		"keeper": func(p rig.Processes) error { return p.Keepers[0].Kill(unix.SIGKILL) },
+		"keeper": killKeeper,
 		"both": func(p rig.Processes) error {
 			if err := p.Decoy.Kill(unix.SIGKILL); err != nil {
 				return err
 			}
-			return p.Keepers[0].Kill(unix.SIGKILL)
+			return killKeeper(p)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

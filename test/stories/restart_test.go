@@ -24,6 +24,10 @@ func TestFiftyRestarts(t *testing.T) {
 		}
 		seen[now] = true
 		g.newFlowsAt(now, 5)
+		s.must(s.Wait("there is room for one more", func() (bool, error) {
+			procs, err := echo.Processes()
+			return len(procs.Servers) < 24, err
+		}))
 	}
 	r := g.end()
 	if len(r.Instances) != 51 {
