@@ -98,16 +98,16 @@ func TestRestarts(t *testing.T) {
 
 func TestReason(t *testing.T) {
 	for want, r := range map[string]result{
-		"exit status 1": {"exit-code", "exited", "1"},
-		"exit status 127: there is no such server":       {"exit-code", "exited", "127"},
-		"exit status 126: the server cannot be executed": {"exit-code", "exited", "126"},
-		"killed by SIGSEGV":                              {"exit-code", "exited", "139"},
-		"killed by SIGKILL":                              {"signal", "killed", "KILL"},
-		"killed by SIGABRT":                              {"core-dump", "dumped", "ABRT"},
-		"not ready in time":                              {"timeout", "killed", "TERM"},
-		"ended by itself":                                {"protocol", "exited", "0"},
-		"not ready":                                      {},
-		"resources":                                      {"resources", "", ""},
+		"exit status 1":                            {"exit-code", "exited", "1", "/srv"},
+		"exit status 127: /srv is not there":       {"exit-code", "exited", "127", "/srv"},
+		"exit status 126: /srv cannot be executed": {"exit-code", "exited", "126", "/srv"},
+		"killed by SIGSEGV":                        {"exit-code", "exited", "139", "/srv"},
+		"killed by SIGKILL":                        {"signal", "killed", "KILL", "/srv"},
+		"killed by SIGABRT":                        {"core-dump", "dumped", "ABRT", "/srv"},
+		"not ready in time":                        {"timeout", "killed", "TERM", "/srv"},
+		"ended by itself":                          {"protocol", "exited", "0", "/srv"},
+		"not ready":                                {},
+		"resources":                                {"resources", "", "", "/srv"},
 	} {
 		if got := r.reason("ready"); got != want {
 			t.Errorf("%+v: %q, want %q", r, got, want)

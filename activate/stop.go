@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -254,7 +255,7 @@ func (r *run) afterAttempt() error {
 		ctl.SetRequest(control.Restart) // a stop that a restart overtook
 	}
 	ctl.SetClosing(false)
-	result := serviceResult()
+	result := r.result()
 	if invocation := os.Getenv("INVOCATION_ID"); plan.Invocation != invocation {
 		// ExecStartPre= failed, and has left the reason, unless it was killed.
 		if r.st.Failed == nil || r.st.Failed.Invocation != invocation {
@@ -389,10 +390,17 @@ func (r *run) fail(generation uint64, reason string) {
 }
 
 // result is what systemd says of the service's end.
-type result struct{ service, code, status string }
+type result struct {
+	service, code, status string
+	server                string // the program, if it is known
+}
 
-func serviceResult() result {
-	return result{os.Getenv("SERVICE_RESULT"), os.Getenv("EXIT_CODE"), os.Getenv("EXIT_STATUS")}
+func (r *run) result() result {
+	result := result{os.Getenv("SERVICE_RESULT"), os.Getenv("EXIT_CODE"), os.Getenv("EXIT_STATUS"), "the server"}
+	if i := slices.Index(r.unit.Command, "--"); i >= 0 && i+1 < len(r.unit.Command) {
+		result.server = r.unit.Command[i+1]
+	}
+	return result
 }
 
 // reason puts the result into words, for an instance that was not, or was no
@@ -414,7 +422,7 @@ func (r result) reason(state string) string {
 			return "killed by SIG" + r.status
 		}
 		if n, err := strconv.Atoi(r.status); err == nil {
-			return exitReason(n)
+			return exitReason(n, r.server)
 		}
 		if r.service == "signal" {
 			return "killed by a signal"
@@ -424,12 +432,14 @@ func (r result) reason(state string) string {
 }
 
 // exitReason explains an exit status of grm-decoy's: the server's own, or what a shell would say.
-func exitReason(status int) string {
+func exitReason(status int, server string) string {
 	switch {
+	case status == 124:
+		return "not ready in time"
 	case status == 126:
-		return "exit status 126: the server cannot be executed"
+		return "exit status 126: " + server + " cannot be executed"
 	case status == 127:
-		return "exit status 127: there is no such server"
+		return "exit status 127: " + server + " is not there"
 	case status > 128 && unix.SignalName(unix.Signal(status-128)) != "":
 		return "killed by " + unix.SignalName(unix.Signal(status-128))
 	}

@@ -91,6 +91,7 @@ type Unit struct {
 	PrivateNetwork bool
 	MainPID        uint32
 	StopTimeout    time.Duration // TimeoutStopSec=; 0: none
+	Command        []string      // of the first ExecStart=
 }
 
 // NoUID stands for a user that systemd has not looked up yet.
@@ -107,6 +108,7 @@ func (c *Conn) Unit(name string) (Unit, error) {
 		Path dbus.ObjectPath
 	}
 	var stopTimeout uint64
+	var commands []command
 	object := c.bus.Object(destination, unitPath(name))
 	const unit, service = "Unit.", "Service."
 	questions := []question{
@@ -114,10 +116,13 @@ func (c *Conn) Unit(name string) (Unit, error) {
 		{service + "Type", &u.Type}, {service + "NRestarts", &u.Restarts}, {service + "NotifyAccess", &u.NotifyAccess},
 		{service + "NFileDescriptorStore", &u.Stored}, {service + "FileDescriptorStoreMax", &u.StoreMax}, {service + "Restart", &u.Restart},
 		{service + "User", &u.User}, {service + "UID", &u.UID}, {service + "PrivateNetwork", &u.PrivateNetwork}, {service + "MainPID", &u.MainPID},
-		{service + "TimeoutStopUSec", &stopTimeout},
+		{service + "TimeoutStopUSec", &stopTimeout}, {service + "ExecStart", &commands},
 	}
 	if err := ask(ctx, object, questions); err != nil {
 		return Unit{}, fmt.Errorf("ask systemd about %s: %w", name, err)
+	}
+	if len(commands) > 0 {
+		u.Command = commands[0].Arguments
 	}
 	if most := uint64(math.MaxInt64 / time.Microsecond); stopTimeout < most { // else it is systemd's infinity
 		u.StopTimeout = time.Duration(stopTimeout) * time.Microsecond
@@ -129,6 +134,16 @@ func (c *Conn) Unit(name string) (Unit, error) {
 		}
 	}
 	return u, nil
+}
+
+// command is how systemd describes a command and its last run: a(sasbttttuii).
+type command struct {
+	Path                                   string
+	Arguments                              []string
+	IgnoreFailure                          bool
+	Started, StartedMono, Ended, EndedMono uint64
+	PID                                    uint32
+	Code, Status                           int32
 }
 
 // Stopping says whether the whole system is going down.

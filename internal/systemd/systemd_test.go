@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -104,14 +105,15 @@ func unit() map[string]any {
 		"Service.Type": "notify", "Service.NRestarts": uint32(3), "Service.NotifyAccess": "all", "Service.NFileDescriptorStore": uint32(6),
 		"Service.FileDescriptorStoreMax": uint32(64), "Service.Restart": "always", "Service.User": "echo", "Service.UID": NoUID,
 		"Service.PrivateNetwork": false, "Service.MainPID": uint32(12), "Service.TimeoutStopUSec": uint64(30e6),
+		"Service.ExecStart": []command{{Path: "/decoy", Arguments: []string{"decoy", "--", "/server"}, PID: 12}},
 	}
 }
 
 func TestUnit(t *testing.T) {
 	u, err := fake(t, unit()).Unit("e-1.service")
 	want := Unit{Name: "e-1.service", LoadState: "loaded", ActiveState: "activating", SubState: "start-pre", Type: "notify", Restarts: 3,
-		NotifyAccess: "all", Stored: 6, StoreMax: 64, Restart: "always", User: "echo", UID: NoUID, MainPID: 12, StopTimeout: 30 * time.Second}
-	if err != nil || u != want {
+		NotifyAccess: "all", Stored: 6, StoreMax: 64, Restart: "always", User: "echo", UID: NoUID, MainPID: 12, StopTimeout: 30 * time.Second, Command: []string{"decoy", "--", "/server"}}
+	if err != nil || !reflect.DeepEqual(u, want) {
 		t.Fatalf("%v\n%+v\n%+v", err, u, want)
 	}
 }
