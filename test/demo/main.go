@@ -116,11 +116,11 @@ func (d *demo) with(ctx context.Context, r *rig.Rig, toml string) (outcome, erro
 }
 
 func (d *demo) without(ctx context.Context, r *rig.Rig, toml string) (outcome, error) {
-	s, err := r.InstallPlain(toml, "-listen", "0.0.0.0:5201")
+	s, err := r.InstallControl(toml, "-listen", "0.0.0.0:5201")
 	if err != nil {
 		return outcome{}, err
 	}
-	d.say("\nthe control: %s again, a plain unit without grm, whose server binds for itself", s.Unit)
+	d.say("\nthe control: the same %s without grm, whose server binds for itself", s.Unit)
 	return d.drive(ctx, s, nil)
 }
 

@@ -81,8 +81,30 @@ func (r *Rig) Install(toml string) (*Service, error) {
 	return s, err
 }
 
-// InstallPlain makes a unit for the same server without grm: it gets the given arguments and binds for itself.
+// InstallPlain makes a unit for the same server without grm: a simple one, as many are. The server gets the given arguments and binds for
+// itself.
 func (r *Rig) InstallPlain(toml string, args ...string) (*Service, error) {
+	return r.installWithout(toml, func(s *Service) (string, error) {
+		return "[Unit]\nStartLimitIntervalSec=0\n[Service]\nType=notify\nUser=" + s.User + "\nRestart=always\nExecStart=" + s.command(args) + "\n", nil
+	})
+}
+
+// InstallControl makes the unit that grm-unitgen would, without grm: what the two differ in is grm's doing, and not the sandbox's.
+func (r *Rig) InstallControl(toml string, args ...string) (*Service, error) {
+	return r.installWithout(toml, func(s *Service) (string, error) {
+		file := "/run/" + s.Name + ".toml"
+		if err := r.WriteFile(file, toml, 0o644); err != nil {
+			return "", err
+		}
+		unit, err := r.Exec(box.BinDir+"/grm-unitgen", "-n", file)
+		if err != nil {
+			return "", err
+		}
+		return s.withoutGrm(unit, args), nil
+	})
+}
+
+func (r *Rig) installWithout(toml string, unit func(*Service) (string, error)) (*Service, error) {
 	parsed, err := config.Parse("service.toml", []byte(toml))
 	if err != nil {
 		return nil, err
@@ -91,8 +113,30 @@ func (r *Rig) InstallPlain(toml string, args ...string) (*Service, error) {
 	if err := s.needUser(); err != nil {
 		return nil, err
 	}
-	words := append(append([]string{}, s.Exec...), args...)
-	return s, r.InstallUnits(map[string]string{s.Unit: "[Unit]\nStartLimitIntervalSec=0\n[Service]\nType=notify\nUser=" + s.User + "\nRestart=always\nExecStart=" + strings.Join(words, " ") + "\n"})
+	text, err := unit(s)
+	if err != nil {
+		return nil, err
+	}
+	return s, r.InstallUnits(map[string]string{s.Unit: text})
+}
+
+func (s *Service) command(args []string) string {
+	return strings.Join(append(append([]string{}, s.Exec...), args...), " ")
+}
+
+// withoutGrm takes grm out of a unit's text.
+func (s *Service) withoutGrm(unit string, args []string) string {
+	var kept []string
+	for line := range strings.Lines(strings.ReplaceAll(unit, "\\\n", " ")) {
+		switch key, _, _ := strings.Cut(line, "="); key {
+		case "ExecStartPre", "ExecStop", "ExecStopPost", "KillMode", "FileDescriptorStoreMax", "NotifyAccess":
+		case "ExecStart":
+			kept = append(kept, "ExecStart="+s.command(args)+"\n")
+		default:
+			kept = append(kept, line)
+		}
+	}
+	return strings.Join(kept, "")
 }
 
 func (s *Service) needUser() error {

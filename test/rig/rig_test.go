@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"grm/config"
 	"grm/test/box"
 	"grm/test/install"
 	"grm/test/load"
@@ -94,5 +95,13 @@ func TestPlain(t *testing.T) {
 	}
 	if _, err := s.Restart(); err == nil || !strings.Contains(err.Error(), "status=3") {
 		t.Errorf("a failed restart: %v", err)
+	}
+}
+
+func TestWithoutGrm(t *testing.T) {
+	s := &Service{Service: &config.Service{Exec: []string{"/bin/server", "-x"}}}
+	got := s.withoutGrm("[Service]\nUser=me\nExecStartPre=+/a b\nExecStart=/decoy \\\n    --name echo \\\n    -- /bin/server\nExecStop=+/a\nKillMode=process\nUMask=0077\n", []string{"-listen", "here"})
+	if want := "[Service]\nUser=me\nExecStart=/bin/server -x -listen here\nUMask=0077\n"; got != want {
+		t.Errorf("%q, want %q", got, want)
 	}
 }
