@@ -442,8 +442,8 @@ type Stats struct {
 	Assured   uint64 // flows that became assured
 	OtherSlot uint64 // given to another socket of the bank than the one wanted, which was dead
 	FellBack  uint64 // new flows that came here because newer generations had no live socket
-	// How long ago a packet of any kind, and one of an assured flow, came last,
-	// to about a second; negative: never.
+	// How long ago, at least, a packet of any kind, and one of an assured flow,
+	// came last; at most a second more. Negative: never.
 	SincePacket, SinceAssured time.Duration
 }
 
@@ -474,7 +474,8 @@ func since(stamp uint32) time.Duration {
 	if stamp == 0 {
 		return -1
 	}
-	return max(0, clock(unix.CLOCK_MONOTONIC)-time.Duration(stamp)*unit)
+	// To the end of the unit: whoever waits for quiet must not take a packet of a moment ago for one of a second ago.
+	return max(0, clock(unix.CLOCK_MONOTONIC)-(time.Duration(stamp)+1)*unit)
 }
 
 // Now is CLOCK_BOOTTIME, which the times of a Bank are on: it goes on in a

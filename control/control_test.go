@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // newMap is a map without a kernel behind it.
@@ -96,6 +98,21 @@ func TestFlip(t *testing.T) {
 	}
 	if got := m.Order().Banks(); len(got) != Fallback || got[0] != Banks-1 {
 		t.Fatalf("an order of all banks: %v", got)
+	}
+}
+
+// A packet of this moment is never taken for one of a second ago, wherever in a unit of the clock that is.
+func TestSince(t *testing.T) {
+	m := newMap(2)
+	l := (*line)(unsafe.Pointer(&m.mem[m.lineOffset(1, 4)]))
+	now := clock(unix.CLOCK_MONOTONIC)
+	for ago := range uint32(4) {
+		l.lastPacket = uint32(now/unit) - ago
+		since := m.Stats(4).SincePacket
+		// The clock goes on.
+		if least := time.Duration(ago-1) * unit; ago > 0 && since < least || ago == 0 && since > clock(unix.CLOCK_MONOTONIC)-now {
+			t.Errorf("%d units ago: %v", ago, since)
+		}
 	}
 }
 
