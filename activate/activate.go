@@ -84,6 +84,7 @@ type run struct {
 	service    *bpfprog.Service // nil: there is none yet
 	groups     map[config.Address]*bpfprog.Group
 	undoList   []undo
+	noted      bool // the number of the generation to come is used up
 }
 
 type undo struct {
@@ -186,7 +187,18 @@ func (r *run) ask() error {
 	return nil
 }
 
+// askSystemd asks again for a while: a systemd that executes itself again drops
+// its connections.
 func askSystemd(unit string) (systemd.Unit, bool, error) {
+	for deadline := time.Now().Add(askTimeout); ; time.Sleep(20 * time.Millisecond) {
+		u, going, err := askOnce(unit)
+		if err == nil || errors.Is(err, systemd.ErrAbsent) || time.Now().After(deadline) {
+			return u, going, err
+		}
+	}
+}
+
+func askOnce(unit string) (systemd.Unit, bool, error) {
 	c, err := systemd.Open(askTimeout)
 	if err != nil {
 		return systemd.Unit{}, false, err

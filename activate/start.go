@@ -421,6 +421,7 @@ func (s *start) notePending() error {
 		return err
 	}
 	*s.st = next
+	s.noted = true
 	return nil
 }
 
@@ -800,7 +801,7 @@ func (r *run) noteFailure(err error) {
 		}
 		return
 	}
-	r.st.Failed = &state.Failed{Generation: r.st.Generation, Reason: err.Error(), At: time.Now().UTC().Truncate(time.Second), Invocation: os.Getenv("INVOCATION_ID")}
+	r.st.Failed = r.failed(r.attempted(r.noted), err.Error())
 	if e := r.dir.Write(r.st); e != nil {
 		r.log(warning, "%v", e)
 	}

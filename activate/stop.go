@@ -242,7 +242,8 @@ func (r *run) kill(pids []int, deadline time.Time) error {
 // afterAttempt looks at what became of the last start, when another one may
 // follow: what never became ready ends and leaves, what did stays.
 func (r *run) afterAttempt() error {
-	if r.st.Pending != nil {
+	noted := r.st.Pending != nil
+	if noted {
 		if err := r.repair(); err != nil {
 			return err
 		}
@@ -259,7 +260,7 @@ func (r *run) afterAttempt() error {
 	if invocation := os.Getenv("INVOCATION_ID"); plan.Invocation != invocation {
 		// ExecStartPre= failed, and has left the reason, unless it was killed.
 		if r.st.Failed == nil || r.st.Failed.Invocation != invocation {
-			r.fail(r.st.Generation, result.reason("prepared"))
+			r.fail(r.attempted(noted), result.reason("prepared"))
 		}
 		return r.dir.Write(r.st)
 	}
@@ -385,8 +386,22 @@ func (r *run) fail(generation uint64, reason string) {
 	if strings.Contains(r.unit.Job, "restart") {
 		return // somebody did not wait for it
 	}
-	r.st.Failed = &state.Failed{Generation: generation, Reason: reason, At: time.Now().UTC().Truncate(time.Second), Invocation: os.Getenv("INVOCATION_ID")}
+	r.st.Failed = r.failed(generation, reason)
 	r.log(warning, "gen %d: %s", generation, reason)
+}
+
+func (r *run) failed(generation uint64, reason string) *state.Failed {
+	return &state.Failed{Generation: generation, Reason: reason, At: time.Now().UTC().Truncate(time.Second), Invocation: os.Getenv("INVOCATION_ID")}
+}
+
+// attempted is the number that the generation of a start which came to nothing
+// had, or would have had if it had come so far as to note it. An automatic
+// start that did not was one for a generation that is there.
+func (r *run) attempted(noted bool) uint64 {
+	if !noted && r.unit.Restarts == 0 {
+		return r.st.Generation + 1
+	}
+	return r.st.Generation
 }
 
 // result is what systemd says of the service's end.
@@ -418,6 +433,12 @@ func (r result) reason(state string) string {
 	case "oom-kill":
 		return "killed for want of memory"
 	case "exit-code", "signal", "core-dump":
+		if r.code == "" { // of a command before the main one, of which systemd says no more
+			if r.service == "exit-code" {
+				return "a command of ExecStartPre= failed"
+			}
+			return "a command of ExecStartPre= was killed"
+		}
 		if r.code == "killed" || r.code == "dumped" {
 			return "killed by SIG" + r.status
 		}

@@ -231,6 +231,9 @@ func eachSocket(pid int, yield func(fd string, inode uint64) bool) error {
 	for _, fd := range fds {
 		n, err := unix.Readlinkat(int(dir.Fd()), fd, buf[:])
 		if err != nil {
+			if err := ignoreGone(err); err != nil {
+				return err // not known to be no socket
+			}
 			continue // closed meanwhile
 		}
 		if inode, ok := socketInode(buf[:n]); ok && !yield(fd, inode) {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/godbus/dbus/v5"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -34,7 +35,8 @@ type Conn struct {
 }
 
 // Open connects. Each question on the connection may take as long as timeout.
-// It fails with ErrAbsent where systemd does not run or does not let us in.
+// It fails with ErrAbsent where nobody listens, or we are not let in; other
+// errors may pass: systemd drops its connections when it executes itself again.
 func Open(timeout time.Duration) (*Conn, error) {
 	if os.Geteuid() == 0 {
 		return dial(privateSocket, timeout, true)
@@ -45,14 +47,24 @@ func Open(timeout time.Duration) (*Conn, error) {
 func dial(socket string, timeout time.Duration, private bool) (*Conn, error) {
 	bus, err := dbus.Dial("unix:path=" + socket)
 	if err != nil {
-		return nil, fmt.Errorf("%w over %s: %w", ErrAbsent, socket, err)
+		return nil, failed(socket, err)
 	}
 	c := &Conn{bus: bus, timeout: timeout}
 	if err := c.greet(private); err != nil {
 		_ = bus.Close() // nothing has been asked yet
-		return nil, fmt.Errorf("%w over %s: %w", ErrAbsent, socket, err)
+		return nil, failed(socket, err)
 	}
 	return c, nil
+}
+
+// failed says whether err means that there is nobody to ask.
+func failed(socket string, err error) error {
+	for _, none := range []error{unix.ENOENT, unix.ENOTDIR, unix.ECONNREFUSED, unix.EACCES, unix.EPERM} {
+		if errors.Is(err, none) {
+			return fmt.Errorf("%w over %s: %w", ErrAbsent, socket, err)
+		}
+	}
+	return fmt.Errorf("ask systemd over %s: %w", socket, err)
 }
 
 // greet authenticates, which the library does without a deadline of its own:
