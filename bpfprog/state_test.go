@@ -157,6 +157,9 @@ func (m *modelGroup) change() {
 		m.close(func(s *modelSocket) bool { return s.app == app && s.bank == bank })
 		m.last++
 		sockets := 1 + m.IntN(7)
+		if m.IntN(8) == 0 {
+			sockets = 1 + m.IntN(60)
+		}
 		check(m, m.group.SetBank(app, bank, m.last, sockets))
 		for slot := range sockets {
 			fd := m.listen()
@@ -165,8 +168,9 @@ func (m *modelGroup) change() {
 		}
 		c.Flip(bank)
 		c.SetClosing(false)
-	case 4, 5, 6: // some sockets are closed
-		m.close(func(s *modelSocket) bool { return s.app == app && s.bank == bank && m.IntN(2) == 0 })
+	case 4, 5, 6: // some sockets are closed, or most
+		left := m.IntN(20)
+		m.close(func(s *modelSocket) bool { return s.app == app && s.bank == bank && m.IntN(20) >= left })
 	case 7:
 		c.Withdraw(bank)
 	case 8:

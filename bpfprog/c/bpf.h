@@ -144,6 +144,7 @@ static long (*const bpf_sk_select_reuseport)(struct sk_reuseport_md *md, void *m
 static void *(*const bpf_sk_storage_get)(void *map, void *sk, void *value, __u64 flags) = (void *)107;
 static __u64 (*const bpf_jiffies64)(void) = (void *)118;
 static __u64 (*const bpf_get_netns_cookie)(void *ctx) = (void *)122;
+static long (*const bpf_loop)(__u32 times, void *step, void *context, __u64 flags) = (void *)181;
 static int (*const bpf_set_retval)(int retval) = (void *)187;
 
 #endif

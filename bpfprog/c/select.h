@@ -5,7 +5,7 @@
 
 #include "group.h"
 
-#define NEIGHBOURS 4 /* slots tried from one place of a bank; then as many from a second place */
+#define NEIGHBOURS 4 /* slots tried from one place of a bank, before all are from a second one */
 
 /* The chosen socket of a packet. */
 struct choice {
@@ -31,30 +31,68 @@ static __always_inline void found(struct choice *c, __u64 what)
 }
 
 /*
- * Both searches are global functions: the verifier looks at them once. They
- * run only if the first socket that was asked is dead.
+ * The searches are global functions: the verifier looks at them once. They run
+ * only if the first socket that was asked is dead.
  */
 
-/* A socket of one bank, by the packet's hash: four neighbours from one place, then four from another. */
+struct walk {
+	struct sk_reuseport_md *md;
+	__u64 what;
+	__u32 first, at, n;
+};
+
+static long step(__u32 i, struct walk *w)
+{
+	__u32 at = w->at + i, home, index;
+
+	if (at >= w->n)
+		at -= w->n;
+	home = w->first | (at & (GRM_SLOTS - 1));
+	index = GRM_HOME_INDEX(home);
+	if (bpf_sk_select_reuseport(w->md, &slots, &index, 0))
+		return 0;
+	w->what = home | (__u64)(NEIGHBOURS + i) << 32;
+	return 1;
+}
+
+/*
+ * The first socket that lives from one place of a bank on. The verifier goes
+ * once through the step of bpf_loop (Linux 5.17), 256 times through a loop.
+ */
+__noinline __u64 search_all(struct sk_reuseport_md *md, __u32 first, __u32 at, __u32 n)
+{
+	struct walk w = { .md = md, .what = NOWHERE, .first = first, .at = at, .n = n };
+
+	bpf_loop(n, step, &w, 0);
+	return w.what;
+}
+
+/*
+ * A socket of one bank, by the packet's hash: four neighbours from one place,
+ * then all of them from another, so that the one behind many dead ones does
+ * not get all the packets of these.
+ */
 __noinline __u64 search_bank(struct sk_reuseport_md *md, __u32 app, __u32 bank, __u64 word)
 {
 	__u32 n = GRM_WORD_SOCKETS(word), at = (__u64)md->hash * n >> 32;
+	__u32 first = GRM_HOME(app & (GRM_APPS - 1), bank & (GRM_BANKS - 1), 0, GRM_WORD_TAG(word));
 
-	for (__u32 i = 0; i < 2 * NEIGHBOURS; i++) {
+	for (__u32 i = 0; i < NEIGHBOURS; i++) {
 		__u32 home, index;
 
 		if (i >= n)
 			break;
-		if (i == NEIGHBOURS)
-			at = (__u64)(md->hash * 0x9e3779b1u) * n >> 32;
-		home = GRM_HOME(app & (GRM_APPS - 1), bank & (GRM_BANKS - 1), at & (GRM_SLOTS - 1), GRM_WORD_TAG(word));
+		home = first | (at & (GRM_SLOTS - 1));
 		index = GRM_HOME_INDEX(home);
 		if (bpf_sk_select_reuseport(md, &slots, &index, 0) == 0)
 			return home | (__u64)i << 32;
 		if (++at >= n)
 			at = 0;
 	}
-	return NOWHERE;
+	if (n <= NEIGHBOURS)
+		return NOWHERE;
+	at = (__u64)(md->hash * 0x9e3779b1u) * n >> 32;
+	return search_all(md, first, at, n);
 }
 
 /* A socket of the newest bank of an order that has a live one. */

@@ -112,18 +112,14 @@ func Possible(s *State, p Packet) []Verdict {
 	for {
 		var options []int
 		all = append(all, explain(s, p, func(b *Bank) (int, bool) {
-			slots, none := b.choices()
-			n := len(slots)
-			if none {
-				n++
+			slots := b.choices()
+			if len(slots) == 0 {
+				return 0, false
 			}
 			depth := len(options)
-			options = append(options, n)
+			options = append(options, len(slots))
 			if depth == len(taken) {
 				taken = append(taken, 0)
-			}
-			if taken[depth] == len(slots) {
-				return 0, false
 			}
 			return slots[taken[depth]], true
 		}))
@@ -205,7 +201,7 @@ func (s *steering) toHome(h Home) bool {
 	s.count(DeadSlot)
 	slot, ok := s.choose(bank)
 	if !ok {
-		s.because("its socket is gone, and no other of its generation was found alive")
+		s.because("its socket is gone, and no other of its generation lives")
 		return false
 	}
 	s.because("its socket is gone; another one of its generation gets the packet")
@@ -246,7 +242,7 @@ func (s *steering) asNew(number int) {
 		bank := &app.Banks[b]
 		slot, ok := s.choose(bank)
 		if !ok {
-			s.because("new flow, but no socket of generation %d in bank %d was found alive", bank.Generation, b)
+			s.because("new flow, but no socket of generation %d in bank %d lives", bank.Generation, b)
 			continue
 		}
 		s.Home = Home{App: number, Bank: b, Slot: slot, Tag: bank.Tag}
@@ -273,49 +269,38 @@ func (s *steering) name(h Home) string {
 
 const (
 	// neighbours is how many slots are tried from the place in a bank that the
-	// hash points to, and then from a second one.
+	// hash points to, before all are from a second one.
 	neighbours = 4
 	// secondPlace makes the hash for that.
 	secondPlace = 0x9e3779b1
 )
 
-// choose is the live socket that a hash leads to.
+// choose is the live socket that a hash leads to; none if none lives.
 func (b *Bank) choose(hash uint32) (slot int, ok bool) {
 	scale := func(hash uint32) int { return int(uint64(hash) * uint64(b.Sockets) >> 32) }
-	if slot, ok = b.near(scale(hash), 0); ok {
+	if slot, ok = b.near(scale(hash), neighbours); ok {
 		return slot, true
 	}
-	return b.near(scale(hash*secondPlace), neighbours)
+	return b.near(scale(hash*secondPlace), b.Sockets)
 }
 
-// near is the first live socket from a place on, after so many tries; there are
-// no more tries in all than sockets.
+// near is the first live socket from a place on, within so many tries.
 func (b *Bank) near(at, tries int) (slot int, ok bool) {
-	for range min(neighbours, b.Sockets-tries) {
-		if b.lives(at) {
-			return at, true
+	for i := range min(tries, b.Sockets) {
+		if slot = (at + i) % b.Sockets; b.lives(slot) {
+			return slot, true
 		}
-		at = (at + 1) % b.Sockets
 	}
 	return 0, false
 }
 
-// choices are all sockets that choose can find, and whether it can find none.
-func (b *Bank) choices() (slots []int, none bool) {
-	found := map[int]bool{}
-	missed := [2]bool{b.Sockets == 0, b.Sockets <= neighbours}
-	for place, tries := range []int{0, neighbours} {
-		if place == 1 && !missed[0] {
-			break // the second place is never needed
-		}
-		for at := range b.Sockets {
-			slot, ok := b.near(at, tries)
-			if ok && !found[slot] {
-				found[slot] = true
-				slots = append(slots, slot)
-			}
-			missed[place] = missed[place] || !ok
+// choices are all sockets that choose can find: those that live, since each is
+// what some hash points to.
+func (b *Bank) choices() (slots []int) {
+	for slot := range b.Sockets {
+		if b.lives(slot) {
+			slots = append(slots, slot)
 		}
 	}
-	return slots, missed[0] && missed[1]
+	return slots
 }
