@@ -251,6 +251,47 @@ func TestKeeperKilled(t *testing.T) {
 	next.leaves()
 }
 
+// A draining instance whose keeper is killed gets a new one from the decoy that
+// runs.
+func TestKeeperOfDrainingKilled(t *testing.T) {
+	t.Parallel()
+	m := newManager(t, "say=READY=1").withControl()
+	m.o.DrainIdle = time.Hour
+	first, server1 := m.begun()
+	m.packet(m.bank[1], true)
+	first.leaves()
+	_, server2 := m.begun()
+	m.until("gen 1 drains", func() bool { return m.bankOf(1).State == control.Draining })
+	killed := m.bankOf(1).Keeper
+	_ = unix.Kill(killed, unix.SIGKILL)
+	m.until("it has a new keeper", func() bool { keeper := m.bankOf(1).Keeper; return keeper != killed && keeper != 0 })
+	m.ctl.SetDrainUntil(m.bank[1], control.Now())
+	m.until("gen 1 ends", func() bool { return !alive(server1) && m.bankOf(1).State == control.Ended })
+	if !alive(server2) || m.ctl.Working() != m.bank[2] {
+		t.Error("gen 2 does not serve")
+	}
+}
+
+// Keeper and server of the older instance are told apart also when it has to
+// take over.
+func TestGoBackToOrphan(t *testing.T) {
+	t.Parallel()
+	m, r, server1 := second(t, watched, "say=READY=1")
+	server2, _ := m.report("start")
+	m.hears("READY=1")
+	_ = unix.Kill(m.bankOf(1).Keeper, unix.SIGKILL)
+	_ = unix.Kill(server2, unix.SIGKILL)
+	m.hears("gen 1 serving; gen 2 failed: SIGKILL")
+	r.signal(syscall.SIGUSR1)
+	if pid, _ := m.report("signal 10"); pid != server1 {
+		t.Errorf("signal went to %d, want %d", pid, server1)
+	}
+	m.ctl.SetRequest(control.Stop)
+	r.signal(syscall.SIGTERM)
+	r.expect(0)
+	m.until("the orphan has ended and init has seen it", func() bool { return !alive(server1) })
+}
+
 func TestStop(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {

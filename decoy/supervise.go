@@ -48,6 +48,7 @@ type failure struct {
 // decoy is the unit's main process.
 type decoy struct {
 	o    Options
+	st   stage
 	env  environ
 	pid  int
 	loop loop
@@ -58,7 +59,7 @@ type decoy struct {
 	stored     map[uint64][]string // names in the fd store, by generation
 	bank       int                 // of the instance that this decoy speaks for
 	generation uint64
-	keeper     process // of that instance; its server if it has none
+	keeper     process // of that instance
 	child      bool    // it was started by this decoy
 	link       *link
 	flows      []int
@@ -74,8 +75,8 @@ type decoy struct {
 }
 
 func runDecoy(o Options, st stage) (int, error) {
-	d := &decoy{o: o, env: environ(os.Environ()).without(stageVar), pid: os.Getpid(), link: openLink(-1), bank: -1}
-	if err := d.begin(st); err != nil {
+	d := &decoy{o: o, st: st, env: environ(os.Environ()).without(stageVar), pid: os.Getpid(), link: openLink(-1), bank: -1}
+	if err := d.begin(); err != nil {
 		return ExitFailure, err
 	}
 	for d.phase != left {
@@ -88,7 +89,7 @@ func runDecoy(o Options, st stage) (int, error) {
 }
 
 // begin does what ExecStartPre= decided.
-func (d *decoy) begin(st stage) error {
+func (d *decoy) begin() error {
 	var err error
 	if d.conn, err = notify.Open(); err != nil {
 		return err
@@ -107,7 +108,7 @@ func (d *decoy) begin(st stage) error {
 			return fmt.Errorf("no control map %s among the %d descriptors from systemd (does the unit have ExecStartPre=+…/grm-activate, FileDescriptorStoreMax= and NotifyAccess=all?)",
 				nameControl, len(fds))
 		}
-		return d.startKeeper(st, control.Start)
+		return d.startKeeper(control.Start)
 	}
 	if d.ctl, err = control.Open(d.in.control); err != nil {
 		return err
@@ -132,7 +133,7 @@ func (d *decoy) begin(st stage) error {
 		if d.generation == 0 {
 			return fmt.Errorf("plan %v: bank %d has no generation (did ExecStartPre=+…/grm-activate run to its end?)", plan.Verb, plan.Bank)
 		}
-		return d.startKeeper(st, plan.Verb)
+		return d.startKeeper(plan.Verb)
 	case control.StandIn:
 		return d.standIn()
 	}
@@ -143,10 +144,10 @@ func keeperName(generation uint64) string { return nameKeeper + strconv.FormatUi
 
 // startKeeper starts an instance: its keeper gets everything that is for the
 // server, and the link.
-func (d *decoy) startKeeper(st stage, verb control.Verb) error {
-	d.adoptOrphans(st)
+func (d *decoy) startKeeper(verb control.Verb) error {
 	h := handOver{env: d.env, files: d.in.servers, generation: d.generation}
 	if d.ctl != nil {
+		d.adoptOrphans()
 		sockets, err := d.in.instance(d.generation, d.o.Listen)
 		if err != nil {
 			return fmt.Errorf("gen %d: %w", d.generation, err)
@@ -157,11 +158,11 @@ func (d *decoy) startKeeper(st stage, verb control.Verb) error {
 	}
 	var fd int
 	var err error
-	if d.keeper, fd, err = d.launch(st, h); err != nil {
+	if d.keeper, fd, err = d.launch(h); err != nil {
 		return err
 	}
 	d.child, d.link = true, openLink(fd)
-	d.dropFDs()
+	d.dropSockets()
 	d.loop.add(d.keeper.pidfd, d.keeperEnded)
 	d.loop.add(fd, d.fromKeeper)
 	if d.ctl == nil {
@@ -195,7 +196,7 @@ func (d *decoy) handOver(bank int, generation uint64, sockets []socket) handOver
 
 // launch starts a keeper and returns the decoys' end of the link to it, which
 // the next decoy finds in the fd store.
-func (d *decoy) launch(st stage, h handOver) (keeper process, fd int, err error) {
+func (d *decoy) launch(h handOver) (keeper process, fd int, err error) {
 	fd, keepers, err := newLink()
 	if err != nil {
 		return process{}, -1, err
@@ -216,7 +217,7 @@ func (d *decoy) launch(st stage, h handOver) (keeper process, fd int, err error)
 	}
 	if err == nil {
 		keeper, err = withMask(urgent, func() (process, error) {
-			return spawn(keeperComm, h.env.forKeeper(st, names).blockUrgent(), files, syscall.SysProcAttr{Setsid: true})
+			return spawn(keeperComm, h.env.forKeeper(d.st, names).blockUrgent(), files, syscall.SysProcAttr{Setsid: true})
 		})
 	}
 	if err != nil {
@@ -228,10 +229,7 @@ func (d *decoy) launch(st stage, h handOver) (keeper process, fd int, err error)
 
 // adoptOrphans gives servers whose keeper was killed a new one, so that they
 // are drained like any other. Without it they would serve for ever.
-func (d *decoy) adoptOrphans(st stage) {
-	if d.ctl == nil {
-		return
-	}
+func (d *decoy) adoptOrphans() {
 	for b := range control.Banks {
 		bank := d.ctl.Bank(b)
 		if b == d.bank || bank.ReadyAt == 0 || bank.State != control.Serving && bank.State != control.Draining {
@@ -246,38 +244,46 @@ func (d *decoy) adoptOrphans(st stage) {
 			continue // it is gone as well
 		}
 		p.close()
-		h := d.handOver(b, bank.Generation, d.in.sockets[bank.Generation])
-		h.env = h.env.set(adoptVar, strconv.Itoa(bank.Server))
-		keeper, fd, err := d.launch(st, h)
+		keeper, err := d.adopt(b)
 		if err != nil {
 			say("gen %d: its keeper was killed, and there is no new one: %v", bank.Generation, err)
 			continue
 		}
-		if old, found := d.in.keepers[bank.Generation]; found {
-			_ = unix.Close(old) // nobody is at the other end
-		}
-		d.in.keepers[bank.Generation] = fd
 		d.loop.add(keeper.pidfd, d.keeperEnded)
 		d.waiting = append(d.waiting, keeper)
 	}
 }
 
-// dropFDs closes what is the server's: only its keeper needs it from now on,
+// adopt starts a keeper for a server that lost its own.
+func (d *decoy) adopt(b int) (process, error) {
+	bank := d.ctl.Bank(b)
+	h := d.handOver(b, bank.Generation, d.in.sockets[bank.Generation])
+	h.env = h.env.set(adoptVar, strconv.Itoa(bank.Server))
+	keeper, fd, err := d.launch(h)
+	if err != nil {
+		return process{}, err
+	}
+	if old, found := d.in.keepers[bank.Generation]; found {
+		_ = unix.Close(old) // nobody is at the other end
+	}
+	d.in.keepers[bank.Generation] = fd
+	d.ctl.SetPids(b, keeper.pid, bank.Server)
+	return keeper, nil
+}
+
+// dropSockets closes what is a server's: only its keeper needs it from now on,
 // and a decoy that held a socket would keep it bound.
-func (d *decoy) dropFDs() {
+func (d *decoy) dropSockets() {
 	for _, sockets := range d.in.sockets {
 		closeAll(sockets)
 	}
 	closeAll(d.in.servers)
-	if d.in.control >= 0 {
-		_ = unix.Close(d.in.control) // the mapping stays
-	}
-	d.in.sockets, d.in.servers, d.in.control = nil, nil, -1
+	d.in.sockets, d.in.servers = nil, nil
 }
 
 // standIn speaks for an older instance that serves.
 func (d *decoy) standIn() error {
-	d.dropFDs()
+	d.dropSockets()
 	if err := d.speakFor(d.bank); err != nil {
 		return fmt.Errorf("stand in for gen %d: %w", d.generation, err)
 	}
@@ -299,10 +305,14 @@ func (d *decoy) speakFor(bank int) error {
 	b := d.ctl.Bank(bank)
 	p, err := openMember(b.Keeper, keeperComm)
 	if err != nil {
-		// Its keeper was killed. The server goes on without.
-		var err2 error
-		if p, err2 = openMember(b.Server, ""); err2 != nil {
+		// Its keeper was killed.
+		server, err2 := openMember(b.Server, "")
+		if err2 != nil {
 			return fmt.Errorf("neither keeper nor server: %w", errors.Join(err, err2))
+		}
+		server.close()
+		if p, err = d.adopt(bank); err != nil {
+			return err
 		}
 	}
 	if d.link.fd >= 0 {
@@ -377,6 +387,9 @@ func (d *decoy) step(now time.Duration) {
 		d.goBack(rolledBack)
 	}
 	d.forget(now)
+	if d.phase == speaking {
+		d.adoptOrphans()
+	}
 	if d.phase != left {
 		d.show()
 	}
@@ -607,9 +620,6 @@ func (d *decoy) stopAll() {
 		}
 		d.loop.add(p.pidfd, d.keeperEnded)
 		d.waiting = append(d.waiting, p)
-	}
-	if d.keeper.pid != 0 && d.keeper.pid == d.ctl.Bank(d.bank).Server {
-		d.keeper.kill(d.o.StopSignal) // its keeper was killed
 	}
 	d.tell("STATUS=stopping")
 }
