@@ -176,7 +176,6 @@ func (g *Group) put(app, bank, index, sock int) error {
 		Index:      uint32(index),
 		Tag:        r.tag(),
 		Cookie:     g.cookie(app, bank, index),
-		Member:     1,
 	}
 	if err := g.sockets.Put(uint32(sock), &s); err != nil {
 		return fmt.Errorf("socket storage: %w", err)

@@ -23,7 +23,7 @@ type flood struct {
 func newFlood(t *testing.T, flows uint32, assured int) *flood {
 	spec := flowSpec("127.0.0.1:5001")
 	spec.Dissector.Flows = flows
-	r := newRig(t, spec)
+	r := newHookedRig(t, spec)
 	f := &flood{rig: r, spoofer: newSpoofer(t, spec.Address), assured: assured}
 	f.old = newSink(fd(t, r.generation(0, 1, 1)[0]))
 	f.young = newSink(fd(t, r.generation(1, 2, 1)[0]))

@@ -13,7 +13,7 @@ import (
 func TestFlowStaysOverFlips(t *testing.T) {
 	for _, address := range []string{"127.0.0.1:5001", "0.0.0.0:5001", "[::1]:5001", "[::]:5001"} {
 		t.Run(address, func(t *testing.T) {
-			r := newRig(t, flowSpec(address))
+			r := newHookedRig(t, flowSpec(address))
 			serve(r.generation(0, 1, 2), "one")
 			r.ctl.Flip(0)
 			old := dial(t, r.reach())
@@ -57,7 +57,7 @@ func (r *rig) reach() netip.AddrPort {
 func TestDualStackSharesOneTable(t *testing.T) {
 	spec := flowSpec("[::]:5001")
 	spec.DualStack = true
-	r := newRig(t, spec)
+	r := newHookedRig(t, spec)
 	serve(r.generation(0, 1, 1), "one")
 	r.ctl.Flip(0)
 	four, six := dial(t, addr("127.0.0.1:5001")), dial(t, addr("[::1]:5001"))
@@ -112,7 +112,7 @@ func TestAssurePolicies(t *testing.T) {
 		t.Run(fmt.Sprintf("%s, answered %v, %d packets", c.assure, c.answer, c.packets), func(t *testing.T) {
 			spec := flowSpec("127.0.0.1:5001")
 			spec.Dissector.Assure = c.assure
-			r := newRig(t, spec)
+			r := newHookedRig(t, spec)
 			conns := r.generation(0, 1, 1)
 			r.ctl.Flip(0)
 			client := dial(t, r.Spec.Address)
@@ -141,7 +141,7 @@ func TestAssurePolicies(t *testing.T) {
 func TestFlowsExpire(t *testing.T) {
 	spec := flowSpec("127.0.0.1:5001")
 	spec.Dissector.Timeout = time.Second
-	r := newRig(t, spec)
+	r := newHookedRig(t, spec)
 	serve(r.generation(0, 1, 1), "one")
 	serve(r.generation(1, 2, 1), "two")
 	r.ctl.Flip(0)

