@@ -450,7 +450,7 @@ func inUse(g *bpfprog.Group, app int) (bool, error) {
 		if other == app {
 			continue
 		}
-		full, err := hasSockets(g, other, nil)
+		full, err := hasSockets(g, other)
 		if err != nil || full {
 			return full, err
 		}
@@ -458,12 +458,9 @@ func inUse(g *bpfprog.Group, app int) (bool, error) {
 	return false, nil
 }
 
-// hasSockets says whether an app has sockets in banks other than those that are known.
-func hasSockets(g *bpfprog.Group, app int, known map[int]state.Bank) (bool, error) {
+// hasSockets says whether an app has sockets in a group.
+func hasSockets(g *bpfprog.Group, app int) (bool, error) {
 	for bank := range control.Banks {
-		if _, ok := known[bank]; ok {
-			continue
-		}
 		cookies, err := g.Slots(app, bank)
 		if err != nil {
 			return false, err

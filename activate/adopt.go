@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"math"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -16,8 +15,8 @@ import (
 )
 
 // adopt makes up for a record that is lost: somebody removed /run/grm, or the
-// file in it that was corrupt. What generations there are is in the control
-// map and in the slots of the groups that are asked for; which sockets are in
+// file in it that was corrupt. What generations there are is in the groups that
+// are asked for; which sockets are in
 // a process's hands is asked of those.
 func (r *run) adopt() error {
 	if r.service == nil {
@@ -31,23 +30,20 @@ func (r *run) adopt() error {
 	return r.findInodes()
 }
 
-// findBanks records the generations that the control map names and that have
-// sockets; which ones is for findInodes.
+// findBanks records the generations that root has put into the groups, as it
+// noted there; which sockets they have is for findInodes.
 func (r *run) findBanks() (err error) {
-	ctl := r.service.Control()
 	for n := range control.Banks {
-		b := state.Bank{Bank: n, Generation: ctl.Bank(n).Generation}
-		if b.Generation == 0 || b.Generation > math.MaxInt64 {
-			continue
-		}
+		b := state.Bank{Bank: n}
 		for _, l := range r.Listeners {
 			cookies, err := r.slots(l, n)
 			if err != nil {
 				return err
 			}
-			if len(cookies) == 0 || len(cookies) > control.Slots {
+			if len(cookies) == 0 || !r.groups[l.Address].Joined(l.App, r.service) {
 				continue
 			}
+			b.Generation = max(b.Generation, r.groups[l.Address].Generation(l.App, n))
 			l.Sockets = config.Count(len(cookies))
 			b.Listeners = append(b.Listeners, state.Listener{Name: l.Name, Address: l.String(), Inodes: make([]uint64, len(cookies))})
 			if of := (state.Group{Address: l.Address.String(), App: l.App}); !slices.Contains(r.st.Groups, of) {

@@ -10,6 +10,7 @@ import (
 
 	"grm/control"
 	"grm/internal/systemd"
+	"grm/internal/testenv"
 )
 
 var errInjected = errors.New("injected")
@@ -248,12 +249,12 @@ func TestInterrupted(t *testing.T) {
 	}
 }
 
-// Ten more starts than there are banks, each dead before the next one: nothing leaks.
+// Many more starts than there are banks, each dead before the next one: nothing leaks.
 func TestManyGenerations(t *testing.T) {
 	f := newFixture(t, "echo", "udp://127.0.0.1:5201?dissector=noop")
 	var files int
 	var before string
-	for n := range control.Banks + 10 {
+	for n := range testenv.Scale(500) {
 		f.mustStart()
 		if want := []string{"grm.ctl", fmt.Sprintf("grm.echo.%d.0", n+1)}; !slices.Equal(f.names(), want) {
 			t.Fatalf("stored %v, want %v", f.names(), want)

@@ -481,9 +481,9 @@ func (s *start) openGroup(l config.Listener) (*bpfprog.Group, error) {
 		s.log(info, "%s: the program of this build replaces another one's, with the flows that are there", l.Address)
 	}
 	// Joining clears what the app has from a service of another epoch.
-	if others, err := hasSockets(g, l.App, s.st.Banks); err != nil {
+	if others, err := hasSockets(g, l.App); err != nil {
 		return nil, err
-	} else if others {
+	} else if others && !g.Joined(l.App, s.service) {
 		return nil, conflict(fmt.Errorf("%s: another service has sockets there as app %d (stop that one, or share the address: --apps-max, and another --app for each)", l.Address, l.App))
 	}
 	return g, g.Join(l.App, s.service)
@@ -493,7 +493,7 @@ func (s *start) openGroup(l config.Listener) (*bpfprog.Group, error) {
 // the old one.
 func (s *start) replaceGroup(g *bpfprog.Group, l config.Listener, differs error) error {
 	for app := range max(g.Spec.MaxApps, 1) {
-		lives, err := hasSockets(g, app, nil)
+		lives, err := hasSockets(g, app)
 		if err != nil {
 			return err
 		}
@@ -570,7 +570,7 @@ func (s *start) bind(i int) error {
 func (s *start) lives(l config.Listener) (bool, error) {
 	g := s.groups[l.Address]
 	for app := range max(g.Spec.MaxApps, 1) {
-		if lives, err := hasSockets(g, app, nil); err != nil || lives {
+		if lives, err := hasSockets(g, app); err != nil || lives {
 			return lives, err
 		}
 	}
@@ -755,7 +755,7 @@ func (r *run) reclaim(f facts, plan control.Plan) error {
 	if !dropped {
 		return nil
 	}
-	return errors.Join(r.store.Barrier(barrierTimeout), r.sweep(r.Listeners), r.pruneHooks(), r.dir.Write(r.st))
+	return errors.Join(r.store.Barrier(barrierTimeout), r.sweep(r.Listeners), r.dir.Write(r.st))
 }
 
 // repair undoes a start that was killed on its way.

@@ -35,6 +35,15 @@ func (r record) set(sockets int, tag uint32) {
 	atomic.StoreUint64(r.word, uint64(sockets)|uint64(tag)<<16)
 }
 
+// Generation is what SetBank recorded for a bank, 0 if it holds none. It is
+// root's own word, unlike what the control map says.
+func (g *Group) Generation(app, bank int) uint64 {
+	if g.checkBank(app, bank) != nil {
+		return 0
+	}
+	return atomic.LoadUint64(g.record(app, bank).generation)
+}
+
 func (g *Group) checkBank(app, bank int) error {
 	if app < 0 || app >= g.Spec.MaxApps || bank < 0 || bank >= control.Banks {
 		return fmt.Errorf("no such bank (the group has %d apps of %d banks)", g.Spec.MaxApps, control.Banks)

@@ -367,6 +367,12 @@ func (g *Group) join(app int, s *Service) error {
 	return err
 }
 
+// Joined says whether app follows s's control map already: whether what is in
+// its banks is of that service.
+func (g *Group) Joined(app int, s *Service) bool {
+	return app >= 0 && app < g.Spec.MaxApps && atomic.LoadUint64(&g.header().Epoch[app]) == s.Control().Epoch()
+}
+
 // repin pins m as name in dir, in place of what was pinned there.
 func repin(m *ebpf.Map, dir, name string) error {
 	pinned, err := ebpf.LoadPinnedMap(filepath.Join(dir, name), nil)
