@@ -122,6 +122,10 @@ func TestStopInEachPhase(t *testing.T) {
 			enter(echo)
 			g.Mark("stop")
 			s.must(echo.Stop())
+			if phase == "restart" {
+				// grm-activate may end by systemd's SIGTERM so early that it cannot say that this is no failure. If it did not, this fails.
+				_, _ = s.Systemctl("reset-failed", echo.Unit)
+			}
 			s.nothingLeft(echo)
 			r := g.stop()
 			if w := r.Windows[0]; w.Lost+w.Moved+w.Duplicated != 0 {
@@ -256,7 +260,8 @@ func TestShutdown(t *testing.T) {
 					t.Errorf("%s lives", p.Comm)
 				}
 			}
-			if r := g.stop(); r.Windows[0].Lost+r.Moved+r.Duplicated != 0 {
+			r := g.stop()
+			if w := r.Windows[0]; w.Lost+w.Moved+w.Duplicated != 0 {
 				t.Error(r)
 			}
 		})
