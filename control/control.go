@@ -17,6 +17,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"grm/internal/fdinfo"
 )
 
 const (
@@ -173,21 +175,16 @@ func Init(fd int, epoch uint64) (*Map, error) {
 	return m, nil
 }
 
-// valueSize reads the size of the map's one element from /proc/self/fdinfo,
-// which needs no privilege; mmap(2) refuses a length beyond it.
+// valueSize is the size of the map's one element.
 func valueSize(fd int) (int, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
+	info, err := fdinfo.Read(fd)
 	if err != nil {
 		return 0, err
 	}
-	size, found := fdinfo(text, "value_size")
-	if !found {
-		return 0, fmt.Errorf("descriptor %d is no BPF map", fd)
+	if info.ValueSize < Size(1) || info.ValueSize > Size(1<<16) {
+		return 0, fmt.Errorf("%w: %d bytes", ErrLayout, info.ValueSize)
 	}
-	if size < Size(1) || size > Size(1<<16) {
-		return 0, fmt.Errorf("%w: %d bytes", ErrLayout, size)
-	}
-	return size, nil
+	return info.ValueSize, nil
 }
 
 func (m *Map) header() *header { return (*header)(unsafe.Pointer(&m.mem[0])) }

@@ -3,7 +3,6 @@ package control
 import (
 	"bytes"
 	"slices"
-	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -202,16 +201,4 @@ func TestOpenRefusesOthers(t *testing.T) {
 			t.Error("no descriptor was taken for a control map")
 		}
 	}
-}
-
-func FuzzFdinfo(f *testing.F) {
-	f.Add([]byte("pos:\t0\nvalue_size:\t4096\nmax_entries:\t1\n"), 12)
-	f.Add([]byte("value_size:"), 0)
-	f.Fuzz(func(t *testing.T, noise []byte, size int) {
-		_, _ = fdinfo(noise, "value_size") // whatever it says, it does not fail
-		text := append([]byte("value_size:\t"+strconv.Itoa(size)+"\n"), noise...)
-		if got, ok := fdinfo(text, "value_size"); !ok || got != size {
-			t.Fatalf("%d came back as %d, %v", size, got, ok)
-		}
-	})
 }

@@ -12,8 +12,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -21,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"grm/control"
+	"grm/internal/fdinfo"
 )
 
 const (
@@ -108,35 +107,44 @@ func Count(fd int) (perBank [control.Banks]int, err error) {
 // on changing meanwhile: a flow that comes or goes may be seen or not.
 func Each(fd int, yield func(Entry) bool) error {
 	return walk(fd, func(h *Header, b *bucket, way int, now uint32) bool {
-		last := atomic.LoadUint32(&b.last[way])
-		if !live(h, last, now) {
-			return true
-		}
-		word := atomic.LoadUint64(&b.word[way])
-		info := atomic.LoadUint32(&b.info[way])
-		address := b.address[way]
-		if atomic.LoadUint32(&b.last[way])&busyOrTentative != 0 || atomic.LoadUint64(&b.word[way]) != word {
-			return true // given to another flow at this moment
-		}
-		home := uint32(word)
-		if !h.current(home) {
-			return true
-		}
-		var port [2]byte
-		binary.NativeEndian.PutUint16(port[:], uint16(info))
-		return yield(Entry{
-			Remote:   netip.AddrPortFrom(netip.AddrFrom16(address).Unmap(), binary.BigEndian.Uint16(port[:])),
-			App:      int(home >> 13 & 15),
-			Bank:     int(home >> 8 & 31),
-			Slot:     int(home & 255),
-			Tag:      uint16(home >> 17),
-			Assured:  last&assured != 0,
-			Answered: info&answered != 0,
-			Packets:  int(info >> 24),
-			Idle:     time.Duration(now-last&stampBits) * Unit,
-		})
+		e, ok := b.entry(h, way, now)
+		return !ok || yield(e)
 	})
 }
+
+// entry is the flow in a way, if there is a live one.
+func (b *bucket) entry(h *Header, way int, now uint32) (Entry, bool) {
+	last := atomic.LoadUint32(&b.last[way])
+	if !live(h, last, now) {
+		return Entry{}, false
+	}
+	word := atomic.LoadUint64(&b.word[way])
+	info := atomic.LoadUint32(&b.info[way])
+	address := b.address[way]
+	if atomic.LoadUint32(&b.last[way])&busyOrTentative != 0 || atomic.LoadUint64(&b.word[way]) != word {
+		return Entry{}, false // given to another flow at this moment
+	}
+	home := uint32(word)
+	if !h.current(home) {
+		return Entry{}, false
+	}
+	var port [2]byte
+	binary.NativeEndian.PutUint16(port[:], uint16(info))
+	return Entry{
+		Remote:   netip.AddrPortFrom(netip.AddrFrom16(address).Unmap(), binary.BigEndian.Uint16(port[:])),
+		App:      int(home >> 13 & 15),
+		Bank:     int(home >> 8 & 31),
+		Slot:     int(home & 255),
+		Tag:      uint16(home >> 17),
+		Assured:  last&assured != 0,
+		Answered: info&answered != 0,
+		Packets:  int(info >> 24),
+		Idle:     time.Duration(max(age(last, now), 0)) * Unit,
+	}, true
+}
+
+// age is in stamps; a flow's may be one ahead of the reader's.
+func age(last, now uint32) int32 { return int32(now - last&stampBits) }
 
 func live(h *Header, last, now uint32) bool {
 	if last == 0 || last&busyOrTentative != 0 {
@@ -146,7 +154,7 @@ func live(h *Header, last, now uint32) bool {
 	if last&(assured|grown) == assured|grown {
 		life = h.Timeout
 	}
-	return int32(now-last&stampBits) <= int32(life)
+	return age(last, now) <= int32(life)
 }
 
 // current says whether home's bank still belongs to the generation that it
@@ -230,33 +238,14 @@ func withHeader(fd, prot int, do func(*Header)) error {
 	return unix.Munmap(mem)
 }
 
-// buckets reads from /proc/self/fdinfo, which needs no privilege, how many
-// buckets the map behind fd has without the header.
+// buckets is how many buckets the map behind fd has without the header.
 func buckets(fd int) (int, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
+	info, err := fdinfo.Read(fd)
 	if err != nil {
 		return 0, err
 	}
-	return parseFdinfo(string(text))
-}
-
-func parseFdinfo(text string) (int, error) {
-	var size, entries int
-	for line := range strings.Lines(text) {
-		name, value, _ := strings.Cut(line, ":")
-		n, err := strconv.Atoi(strings.TrimSpace(value))
-		if err != nil {
-			continue
-		}
-		switch name {
-		case "value_size":
-			size = n
-		case "max_entries":
-			entries = n
-		}
+	if info.ValueSize != BucketSize || info.MaxEntries < 3 || info.MaxEntries > 1<<24 {
+		return 0, fmt.Errorf("%w: %d elements of %d bytes", ErrLayout, info.MaxEntries, info.ValueSize)
 	}
-	if size != BucketSize || entries < 3 || entries > 1<<24 {
-		return 0, fmt.Errorf("%w: %d elements of %d bytes", ErrLayout, entries, size)
-	}
-	return entries - 1, nil
+	return info.MaxEntries - 1, nil
 }
