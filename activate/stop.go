@@ -328,7 +328,7 @@ func (r *run) attempt(p processes, b state.Bank, plan state.Plan) []int {
 			kept[pid] = true
 		}
 		if p.kept(word) {
-			kept[word.Keeper] = true
+			kept[word.Keeper], kept[word.Server] = true, true // the server may be no child of a keeper that took it over
 		}
 	}
 	var pids []int
