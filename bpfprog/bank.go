@@ -80,8 +80,10 @@ func (g *Group) setBank(app, bank int, generation uint64, sockets int) error {
 	} else if old != 0 {
 		return fmt.Errorf("holds generation %d, not %d (clear it first)", old, generation)
 	}
-	/* A flow or cookie of an earlier generation of this bank must never fit: the tag moves on. */
+	/* A flow or cookie of an earlier generation of this bank must never fit: the tag moves on, and it does so before
+	   the generation is there, which says that it has. */
 	tag := (r.tag() + 1) & tagMask
+	r.set(0, tag)
 	if err := g.takeName(app, bank); err != nil {
 		return err
 	}
@@ -105,10 +107,11 @@ func (g *Group) showTag(app, bank int, tag uint32) error {
 // group that needs cookies minds.
 func (g *Group) takeName(app, bank int) error {
 	names := &g.header().Names
+	mine := g.findName(app, bank) // of a SetBank that was killed
 	for i := range names {
 		at := (bank + i) % len(names)
 		old := atomic.LoadUint32(&names[at])
-		if old&nameUsed != 0 {
+		if mine >= 0 && at != mine || mine < 0 && old&nameUsed != 0 {
 			continue
 		}
 		serial := (old>>16 + 1) & tagMask

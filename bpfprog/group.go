@@ -38,7 +38,6 @@ type Group struct {
 	meta, slots, counters    *ebpf.Map
 	sockets, flows, controls *ebpf.Map // flows, controls: nil if the group has none
 	mem                      []byte    // meta, mapped
-	joined                   [Apps]*Service
 }
 
 // Key names the group.
@@ -363,7 +362,6 @@ func (g *Group) join(app int, s *Service) error {
 			err = repin(s.control, g.dir, "control")
 		}
 	}
-	g.joined[app] = s
 	return err
 }
 
