@@ -341,7 +341,7 @@ func (k *keeper) older() int {
 // probeFailed is what a failed probe of the watch comes to: the new flows go
 // back to the older instance, and this one ends as a drained one does.
 func (k *keeper) probeFailed(reason string) {
-	if k.phase != serving || k.ctl.Working() != k.bank || k.older() < 0 {
+	if k.older() < 0 {
 		say("%s: %s, and no older instance to go back to", k, reason)
 		return
 	}

@@ -42,6 +42,10 @@ func (p *probe) step(now time.Duration, k *keeper) {
 		if !k.watched(now) {
 			return
 		}
+		if k.ctl.Working() != k.bank {
+			p.schedule(watchInterval) // another instance would answer; this one may come back
+			return
+		}
 	}
 	env := k.env.forProbe(k.st, part, k.server.pid)
 	run, err := spawn(os.Args[0], env, []int{0, 1, 2}, syscall.SysProcAttr{Setpgid: true})
@@ -68,7 +72,7 @@ func (p *probe) ended(status int, k *keeper) {
 		k.ready()
 	case k.phase == starting:
 		p.schedule(probeInterval)
-	case k.phase == serving && status == 0:
+	case k.phase == serving && (status == 0 || k.ctl.Working() != k.bank):
 		p.schedule(watchInterval)
 	case k.phase == serving:
 		k.probeFailed("watch probe: " + what)
