@@ -79,6 +79,11 @@ const volatile __u32 flow_timeout = 0;  /* stamps */
 const volatile __u32 flow_ipv4 = 0;     /* the group's packets are all IPv4 */
 const volatile __u64 flow_seed[2] = {}; /* secret, or an attacker could aim at one bucket */
 
+/*
+ * A link-local sender's interface is not in the key, as neither program type is
+ * told it: two hosts of one link-local address and port on two links, both at a
+ * group of the wildcard address, would count as one flow.
+ */
 struct flow_key {
 	struct flow_address address; /* IPv4 in the mapped form, whatever the socket's family */
 	__u32 port;                  /* 16 bits, network order */
@@ -247,8 +252,10 @@ __noinline int flow_victim(struct flow_insert *in, struct flow_victim *v)
 			return 0;
 		}
 		if (last == 0 || (flow_settled(last) && flow_expired(last, in->now))) {
-			WRITE_ONCE(v->free[side].way, i);
-			WRITE_ONCE(v->free[side].last, last);
+			if (READ_ONCE(v->free[side].way) == FLOW_NONE) { /* the first one: it is found soonest */
+				WRITE_ONCE(v->free[side].way, i);
+				WRITE_ONCE(v->free[side].last, last);
+			}
 			continue;
 		}
 		WRITE_ONCE(v->live[side], READ_ONCE(v->live[side]) + 1);
