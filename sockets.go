@@ -5,17 +5,11 @@ import (
 	"net"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 
+	"github.com/coreos/go-systemd/v22/activation"
 	"golang.org/x/sys/unix"
-)
-
-const (
-	firstFD = 3       // SD_LISTEN_FDS_START
-	maxFDs  = 1 << 16 // more than any service manager hands over: a bound for a broken environment
-	unnamed = "unknown"
 )
 
 // inherited holds the descriptors that this process was given and that no
@@ -23,88 +17,44 @@ const (
 var inherited struct {
 	sync.Mutex
 	read  bool
-	err   error
-	names []string
 	files []*os.File
 }
 
-// read takes the descriptors from the environment, once. LISTEN_* is removed,
-// so that a child does not take them for its own.
-func readInherited() error {
+// readInherited takes the descriptors from the environment, once. LISTEN_* is
+// removed, so that a child does not take them for its own.
+func readInherited() {
 	if inherited.read {
-		return inherited.err
+		return
 	}
 	inherited.read = true
-	names, err := parseListen(os.Getpid(), os.Getenv)
-	for _, key := range []string{"LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
-		_ = os.Unsetenv(key) // fails for impossible names only
-	}
-	if err != nil {
-		inherited.err = err
-		return err
-	}
-	for i, name := range names {
-		unix.CloseOnExec(firstFD + i)
-		inherited.names = append(inherited.names, name)
-		inherited.files = append(inherited.files, os.NewFile(uintptr(firstFD+i), name))
-	}
-	return nil
-}
-
-// parseListen reads what sd_listen_fds_with_names(3) reads: a name for each
-// descriptor from firstFD on, or none if they are meant for another process.
-func parseListen(pid int, getenv func(string) string) ([]string, error) {
-	if getenv("LISTEN_PID") != strconv.Itoa(pid) {
-		return nil, nil
-	}
-	text := getenv("LISTEN_FDS")
-	if text == "" {
-		return nil, nil
-	}
-	n, err := strconv.Atoi(text)
-	if err != nil || n < 0 || n > maxFDs {
-		return nil, fmt.Errorf("LISTEN_FDS=%q: no number of descriptors", text)
-	}
-	if n == 0 {
-		return nil, nil
-	}
-	list := getenv("LISTEN_FDNAMES")
-	if list == "" {
-		return slices.Repeat([]string{unnamed}, n), nil
-	}
-	names := strings.Split(list, ":")
-	if len(names) != n {
-		return nil, fmt.Errorf("LISTEN_FDNAMES=%q: %d names for LISTEN_FDS=%d descriptors", list, len(names), n)
-	}
-	return names, nil
+	inherited.files = activation.Files(true)
+	_ = os.Unsetenv("LISTEN_PIDFDID") // systemd 258 and later; fails for impossible names only
 }
 
 // Names lists the names of the descriptors that nobody has taken yet, in the
 // order in which they came: as in the TOML file, then by index.
-func Names() ([]string, error) {
+func Names() []string {
 	inherited.Lock()
 	defer inherited.Unlock()
-	if err := readInherited(); err != nil {
-		return nil, err
+	readInherited()
+	var names []string
+	for _, f := range inherited.files {
+		names = append(names, f.Name())
 	}
-	return slices.Clone(inherited.names), nil
+	return names
 }
 
 // Files takes the descriptors of a name, of whatever kind; with "" all that
 // nobody has taken. They are the caller's from now on: a second call finds
 // them no more.
-func Files(name string) ([]*os.File, error) {
+func Files(name string) []*os.File {
 	return takeFiles(name, func(*os.File) bool { return true })
 }
 
 // UDP takes the UDP sockets of a listener; with "" all UDP sockets. There are
 // none in a process that was started without any.
 func UDP(name string) ([]*net.UDPConn, error) {
-	files, err := takeFiles(name, isSocket(unix.IPPROTO_UDP))
-	if err != nil {
-		return nil, err
-	}
-	return convert(files, func(f *os.File) (*net.UDPConn, error) {
+	return convert(takeFiles(name, isSocket(unix.IPPROTO_UDP)), func(f *os.File) (*net.UDPConn, error) {
 		c, err := net.FilePacketConn(f)
 		if err != nil {
 			return nil, err
@@ -115,11 +65,7 @@ func UDP(name string) ([]*net.UDPConn, error) {
 
 // TCP takes the listening TCP sockets of a listener; with "" all of them.
 func TCP(name string) ([]*net.TCPListener, error) {
-	files, err := takeFiles(name, isSocket(unix.IPPROTO_TCP, unix.IPPROTO_MPTCP))
-	if err != nil {
-		return nil, err
-	}
-	return convert(files, func(f *os.File) (*net.TCPListener, error) {
+	return convert(takeFiles(name, isSocket(unix.IPPROTO_TCP, unix.IPPROTO_MPTCP)), func(f *os.File) (*net.TCPListener, error) {
 		l, err := net.FileListener(f)
 		if err != nil {
 			return nil, err
@@ -173,32 +119,29 @@ func ListenTCP(name, address string) ([]*net.TCPListener, error) {
 // nothingElse refuses to bind beside sockets under other names, which would go
 // unread: most likely the name is misspelt.
 func nothingElse(name, kind string) error {
-	names, err := Names()
-	if err != nil || len(names) == 0 {
-		return err
+	names := Names()
+	if len(names) == 0 {
+		return nil
 	}
 	slices.Sort(names)
 	return fmt.Errorf("no %s socket is named %q: this process was given %s (take the listener's name from the service's file)",
 		kind, name, strings.Join(slices.Compact(names), ", "))
 }
 
-func takeFiles(name string, wanted func(*os.File) bool) ([]*os.File, error) {
+func takeFiles(name string, wanted func(*os.File) bool) []*os.File {
 	inherited.Lock()
 	defer inherited.Unlock()
-	if err := readInherited(); err != nil {
-		return nil, err
-	}
+	readInherited()
 	var taken, rest []*os.File
-	var restNames []string
-	for i, f := range inherited.files {
-		if (name == "" || name == inherited.names[i]) && wanted(f) {
+	for _, f := range inherited.files {
+		if (name == "" || name == f.Name()) && wanted(f) {
 			taken = append(taken, f)
 		} else {
-			rest, restNames = append(rest, f), append(restNames, inherited.names[i])
+			rest = append(rest, f)
 		}
 	}
-	inherited.files, inherited.names = rest, restNames
-	return taken, nil
+	inherited.files = rest
+	return taken
 }
 
 func isSocket(protocols ...int) func(*os.File) bool {

@@ -2,6 +2,10 @@
 // often it was restarted, what is in its fd store. Root asks over systemd's
 // private socket, which works without a bus and during shutdown; others ask
 // over the system bus, if there is one.
+//
+// The connection is godbus's, which go-systemd builds on: go-systemd's own is
+// two connections and a subscription to all jobs, and asks for one property at
+// a time or for all of them. That costs a start several milliseconds more.
 package systemd
 
 import (
@@ -14,6 +18,7 @@ import (
 	"strings"
 	"time"
 
+	systemd "github.com/coreos/go-systemd/v22/dbus"
 	"github.com/godbus/dbus/v5"
 	"golang.org/x/sys/unix"
 )
@@ -204,18 +209,7 @@ func gone(err error) bool {
 		e.Name == "org.freedesktop.DBus.Error.UnknownInterface" || e.Name == "org.freedesktop.DBus.Error.UnknownProperty")
 }
 
-// unitPath is the object of a unit: its name with everything but letters and
-// digits (a digit in front, too) as _ and two hex digits.
+// unitPath is the object of a unit.
 func unitPath(name string) dbus.ObjectPath {
-	var b strings.Builder
-	b.WriteString(manager + "/unit/")
-	for i := range len(name) {
-		switch c := name[i]; {
-		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9' && i > 0:
-			b.WriteByte(c)
-		default:
-			fmt.Fprintf(&b, "_%02x", c)
-		}
-	}
-	return dbus.ObjectPath(b.String())
+	return dbus.ObjectPath(manager + "/unit/" + systemd.PathBusEscape(name))
 }

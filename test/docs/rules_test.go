@@ -48,10 +48,10 @@ func under(pkg string, dirs ...string) bool {
 // all that grm asks of the kernel, of systemd and of the TOML library.
 func TestOneDoorToEachDependency(t *testing.T) {
 	doors := map[string][]string{
-		"github.com/cilium/ebpf":       {"grm/bpfprog", "grm/test"},
-		"github.com/BurntSushi/toml":   {"grm/config"},
-		"github.com/coreos/go-systemd": {"grm/internal/systemd"},
-		"github.com/godbus/dbus":       {"grm/internal/systemd", "grm/test"},
+		"github.com/cilium/ebpf":                {"grm/bpfprog", "grm/test"},
+		"github.com/BurntSushi/toml":            {"grm/config"},
+		"github.com/coreos/go-systemd/v22/dbus": {"grm/internal/systemd"},
+		"github.com/godbus/dbus":                {"grm/internal/systemd", "grm/test"},
 	}
 	for pkg, imports := range packages(t, "Imports") {
 		for _, i := range imports {
