@@ -80,6 +80,20 @@ func loadProgram(kind, attach uint32, program []instruction) (int, error) {
 var (
 	returnOne = []instruction{{code: 0xb7, imm: 1}, {code: 0x95}} // r0 = 1; exit
 
+	// selectFirst selects the socket in a map's first place: the least that a
+	// steering program can do. The map goes into the first instruction.
+	selectFirst = []instruction{
+		{code: 0x18, dst: 2, src: unix.BPF_PSEUDO_MAP_FD}, // r2 = map, two instructions
+		{},
+		{code: 0x62, dst: 10, off: -4, imm: 0}, // key = 0
+		{code: 0xbf, dst: 3, src: 10},          //
+		{code: 0x07, dst: 3, imm: -4},          // r3 = &key
+		{code: 0xb7, dst: 4, imm: 0},           // no flags
+		{code: 0x85, imm: 82},                  // bpf_sk_select_reuseport
+		{code: 0xb7, imm: 1},                   // pass
+		{code: 0x95},
+	}
+
 	// lookUp asks a plain map for the packet's source: what any flow table
 	// costs at least, cache misses included. The map's descriptor goes into
 	// the instruction mapOperand.
@@ -111,33 +125,76 @@ var (
 
 const mapOperand = 15
 
-func loadEmptyReuseport() (int, error) {
+func loadEmptyReuseport(int) (int, error) {
 	return loadProgram(unix.BPF_PROG_TYPE_SK_REUSEPORT, unix.BPF_SK_REUSEPORT_SELECT, returnOne)
 }
 
-// loadLookUp loads the program that asks an LRU map with the given keys in it.
-func loadLookUp(keys func(yield func(key uint64) bool), n int) (int, error) {
+// createMap creates a map without anything special about it.
+func createMap(kind, key, value, entries uint32) (int, error) {
 	attr := make([]byte, 20)
-	binary.NativeEndian.PutUint32(attr[0:], unix.BPF_MAP_TYPE_LRU_HASH)
-	binary.NativeEndian.PutUint32(attr[4:], 8)            // key
-	binary.NativeEndian.PutUint32(attr[8:], 16)           // value
-	binary.NativeEndian.PutUint32(attr[12:], uint32(2*n)) // entries: none is to be evicted
-	table, err := bpf(unix.BPF_MAP_CREATE, attr)
+	for i, v := range []uint32{kind, key, value, entries} {
+		binary.NativeEndian.PutUint32(attr[4*i:], v)
+	}
+	fd, err := bpf(unix.BPF_MAP_CREATE, attr)
 	if err != nil {
-		return -1, fmt.Errorf("bpf: create LRU map of %d entries: %w", 2*n, err)
+		return -1, fmt.Errorf("bpf: create map of type %d with %d entries: %w", kind, entries, err)
+	}
+	return fd, nil
+}
+
+// store puts values under keys.
+func store(table int, entries func(yield func(key, value []byte) bool)) error {
+	for key, value := range entries {
+		var keep runtime.Pinner
+		update := make([]byte, 32)
+		binary.NativeEndian.PutUint32(update[0:], uint32(table))
+		binary.NativeEndian.PutUint64(update[8:], pointer(&keep, key))
+		binary.NativeEndian.PutUint64(update[16:], pointer(&keep, value))
+		_, err := bpf(unix.BPF_MAP_UPDATE_ELEM, update)
+		keep.Unpin()
+		if err != nil {
+			return fmt.Errorf("bpf: fill map: %w", err)
+		}
+	}
+	return nil
+}
+
+// loadSelect loads the program that selects the given socket.
+func loadSelect(socket int) (int, error) {
+	table, err := createMap(unix.BPF_MAP_TYPE_REUSEPORT_SOCKARRAY, 4, 8, 1)
+	if err != nil {
+		return -1, err
 	}
 	defer unix.Close(table) // the program keeps it
-	var keep runtime.Pinner
-	defer keep.Unpin()
-	key, value, update := make([]byte, 8), make([]byte, 16), make([]byte, 32)
-	binary.NativeEndian.PutUint32(update[0:], uint32(table))
-	binary.NativeEndian.PutUint64(update[8:], pointer(&keep, key))
-	binary.NativeEndian.PutUint64(update[16:], pointer(&keep, value))
-	for k := range keys {
-		binary.NativeEndian.PutUint64(key, k)
-		if _, err := bpf(unix.BPF_MAP_UPDATE_ELEM, update); err != nil {
-			return -1, fmt.Errorf("bpf: fill LRU map: %w", err)
+	err = store(table, func(yield func(key, value []byte) bool) {
+		yield(make([]byte, 4), binary.NativeEndian.AppendUint64(nil, uint64(socket)))
+	})
+	if err != nil {
+		return -1, err
+	}
+	program := append([]instruction(nil), selectFirst...)
+	program[0].imm = int32(table)
+	return loadProgram(unix.BPF_PROG_TYPE_SK_REUSEPORT, unix.BPF_SK_REUSEPORT_SELECT, program)
+}
+
+// loadLookUp loads the program that asks an LRU map with the clients in it.
+func loadLookUp(clients []client) (int, error) {
+	table, err := createMap(unix.BPF_MAP_TYPE_LRU_HASH, 8, 16, uint32(2*len(clients))) // none is to be evicted
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(table) // the program keeps it
+	err = store(table, func(yield func(key, value []byte) bool) {
+		key, value := make([]byte, 8), make([]byte, 16)
+		for _, c := range clients {
+			binary.NativeEndian.PutUint64(key, c.key())
+			if !yield(key, value) {
+				return
+			}
 		}
+	})
+	if err != nil {
+		return -1, err
 	}
 	program := append([]instruction(nil), lookUp...)
 	program[mapOperand].imm = int32(table)

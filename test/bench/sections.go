@@ -71,6 +71,17 @@ func (b *bench) programs() (err error) {
 	base := b.talk("empty", empty, hot(any512), nil, true)
 	// First packets fill the tables, and so come when all else is measured.
 	probes, firsts := []probe{base}, []probe{base}
+	// What no steering program can do without, and what no flow table can.
+	bare, err := g.put(b.group(plain{&b.room, loadSelect}, options{}, 4))
+	if err != nil {
+		return err
+	}
+	probes = append(probes, b.talk("select", bare, hot(any512), nil, false))
+	lru, err := g.put(b.group(plain{&b.room, func(int) (int, error) { return loadLookUp(any512) }}, options{}, 4))
+	if err != nil {
+		return err
+	}
+	probes = append(probes, b.talk("look-up", lru, hot(any512), nil, false))
 
 	type line struct {
 		what       string
@@ -146,6 +157,8 @@ func (b *bench) programs() (err error) {
 	b.title("Programs: ns per run beyond an empty program of the same type (steering %.0f ns, sendmsg %.0f ns); median of %d rounds of %d packets",
 		idle.rx, idle.tx, b.rounds(), roundSize)
 	b.row("", "grm", "udpgrm", "grm/udpgrm", "target")
+	b.row("selecting a socket, nothing else", net(samples[1], samples[0]).rx, "-", "-", "-")
+	b.row("asking an LRU map for the flow, nothing else", net(samples[2], samples[0]).rx, "-", "-", "-")
 	for _, l := range lines {
 		from := samples
 		if l.first {
@@ -248,8 +261,8 @@ func (b *bench) endToEnd() (err error) {
 func (b *bench) memory() (err error) {
 	var g garage
 	defer g.empty(&err)
-	b.title("Kernel memory of one group and its service, KiB")
-	b.row("", "KiB")
+	b.title("One group and its service: kernel memory, and instructions that the verifier looks at for the steering program")
+	b.row("", "KiB", "verified")
 	for _, o := range []options{{noop, 0, true}, {cbpf2, flows, true}, {flow, 4096, true}, {flow, flows, true}, {flow, 1 << 20, true}} {
 		t, err := g.put(grm{&b.room}.target(o))
 		if err != nil {
@@ -259,12 +272,20 @@ func (b *bench) memory() (err error) {
 		if o.kind != noop {
 			name += fmt.Sprintf(", %d flows", o.flows)
 		}
-		b.row(name, float64(t.memory)/1024)
+		if err := b.memoryRow(name, t.system); err != nil {
+			return err
+		}
 	}
 	if b.udpgrm != nil {
-		b.row("udpgrm, the whole host", float64(b.udpgrm.memory)/1024)
+		return b.memoryRow("udpgrm, the whole host", b.udpgrm.system)
 	}
 	return nil
+}
+
+func (b *bench) memoryRow(name string, s system) error {
+	fields, err := s.rx[0].fields()
+	b.row(name, float64(s.memory)/1024, float64(fields["verified_insns"]))
+	return err
 }
 
 // curve is a plot in the making.
@@ -479,15 +500,7 @@ func (b *bench) flowCurve() (err error) {
 			curvePoint{"grm new", n, b.talk("grm", t, func() []client { return b.newClients(roundSize) }, nil, false)})
 
 		// A plain map of the kernel with the same clients, for comparison.
-		load := func() (int, error) {
-			return loadLookUp(func(yield func(uint64) bool) {
-				for _, c := range clients {
-					if !yield(c.key()) {
-						return
-					}
-				}
-			}, n)
-		}
+		load := func(int) (int, error) { return loadLookUp(clients) }
 		t, err = g.put(b.group(plain{&b.room, load}, options{}, 4))
 		if err != nil {
 			return err

@@ -130,7 +130,7 @@ func closeAll(fds []int) (err error) {
 // little as can be done for a flow.
 type plain struct {
 	*room
-	reuseport func() (int, error) // loads the steering program, if there is to be one
+	reuseport func(socket int) (int, error) // loads the steering program, if there is to be one
 }
 
 func (p plain) target(o options) (*target, error) {
@@ -158,7 +158,7 @@ func (p plain) target(o options) (*target, error) {
 		if p.reuseport == nil || len(t.rx) > 0 {
 			return nil
 		}
-		program, err := p.reuseport()
+		program, err := p.reuseport(t.sockets[0])
 		if err != nil {
 			return err
 		}
