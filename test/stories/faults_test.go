@@ -77,7 +77,7 @@ func newFaulty(t *testing.T) faulty {
 	s := newStory(t)
 	s.must(buildTools())
 	s.must(s.WriteFile(faultDir+"/none", "", 0o644))
-	echo := s.install("echo", "[watch]\ntime = \"2s\"\n", "[watch]\ntime = \"0s\"\n[drain]\nidle = \"1s\"\ngrace = \"0s\"\ntimeout = \"1m\"\n")
+	echo := s.install("echo", "[watch]\ntime = \"2s\"\n", "[watch]\ntime = \"0s\"\n[drain]\nidle = \"3s\"\ngrace = \"0s\"\ntimeout = \"1m\"\n")
 	unit, err := s.ReadFile("/etc/systemd/system/" + echo.Unit)
 	s.must(err)
 	pre := regexp.MustCompile(`(?m)^ExecStartPre=\+(.*(?:\\\n.*)*)$`).FindStringSubmatch(unit)
@@ -293,7 +293,7 @@ func (v faulty) restarts(choose func(log []string) []fault) {
 		v.statusHas("serving", "failed")
 		v.reason(f)
 		v.unchanged(f, before)
-		if i%5 != 4 {
+		if i%10 != 9 {
 			continue
 		}
 		// The next good one.
