@@ -1,0 +1,245 @@
+package stories
+
+import (
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"grm/test/box"
+)
+
+// systemctl asks systemd for something that has to work.
+func (s *story) systemctl(args ...string) {
+	s.Helper()
+	_, err := s.Systemctl(args...)
+	s.must(err)
+}
+
+// grm runs the operator's command.
+func (s *story) grm(args ...string) string {
+	s.Helper()
+	out, err := s.Exec(box.BinDir+"/grm", args...)
+	s.must(err)
+	return out
+}
+
+// TestByHand rolls back and ends drains by hand, under load.
+func TestByHand(t *testing.T) {
+	s := newStory(t)
+	echo := s.install("echo", quickly("1h")...)
+	echo.start()
+	g := echo.load()
+	old := echo.instance()
+	echo.restart()
+	now := echo.instance()
+	g.newFlowsAt(now, 50)
+	s.grm("rollback", "echo")
+	before := g.Snapshot().Instances
+	g.newFlowsAt(old, before[old].Flows+100)
+	// Answers that were under way.
+	if n := g.Snapshot().Instances[now].Flows - before[now].Flows; n > 2 {
+		t.Errorf("%d flows began at %s after the rollback", n, now)
+	}
+	echo.statusHas("gen 1 serving", "rolled back")
+	g.end()
+	echo.drained()
+	if echo.instance() != old {
+		t.Errorf("%s works, not %s", echo.instance(), old)
+	}
+
+	g = echo.load(forever)
+	echo.restart()
+	g.more(2000)
+	g.Mark("drain --now")
+	g.Gone(old) // an operator says that it is not to serve them any more
+	s.grm("drain", "--now", "echo")
+	echo.drained()
+	g.more(2000)
+	if r := g.end(); r.TakenOver != 200 {
+		t.Errorf("the 200 flows of %s are taken over: %v", old, r)
+	}
+	s.must(echo.Stop())
+	s.nothingLeft(echo)
+}
+
+// TestSystemctlKill sends signals by way of systemd.
+func TestSystemctlKill(t *testing.T) {
+	s := newStory(t)
+	echo := s.install("echo", quickly("1s")...)
+	echo.start()
+	g := echo.load(forever)
+	server, decoy := echo.server(), echo.processes().Decoy
+
+	g.Mark("the decoy")
+	s.systemctl("kill", "--kill-who=main", "--signal=TERM", echo.Unit)
+	s.must(s.Wait("another decoy runs", func() (bool, error) {
+		procs, err := echo.Processes()
+		return procs.Decoy != nil && procs.Decoy.BoxPid != decoy.BoxPid, err
+	}))
+	echo.settled("active")
+	if now := echo.server(); now.BoxPid != server.BoxPid {
+		t.Errorf("the server was restarted: %d, then %d", server.BoxPid, now.BoxPid)
+	}
+	g.more(2000)
+
+	killed := uint64(0)
+	for _, signal := range []string{"TERM", "KILL"} {
+		echo.forgive()
+		server = echo.server()
+		g.Mark("all: " + signal)
+		g.Gone(strconv.Itoa(server.BoxPid))
+		s.systemctl("kill", "--signal="+signal, echo.Unit)
+		killed++
+		echo.replaced(g, server)
+	}
+	r := g.stop()
+	echo.balanced(r, killed)
+	if r.Flows != 200 || r.TakenOver != 200*killed {
+		t.Errorf("all flows go on: %v", r)
+	}
+	s.must(echo.Stop())
+	s.nothingLeft(echo)
+}
+
+// TestOtherUnits restarts, stops and isolates by way of other units.
+func TestOtherUnits(t *testing.T) {
+	s := newStory(t)
+	const rest = "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n"
+	s.must(s.InstallUnits(map[string]string{
+		"whole.service": rest,
+		"base.service":  rest,
+		"rescue.target": "[Unit]\nAllowIsolate=yes\n",
+		// An isolate would stop it as well, and the story reads it.
+		"systemd-journald.service.d/keep.conf": "[Unit]\nIgnoreOnIsolate=yes\n",
+	}))
+	echo := s.installText(example(t, "echo", quickly("1s")...) + "\n[systemd.Unit]\nPartOf = \"whole.service\"\nBindsTo = \"base.service\"\nAfter = \"base.service whole.service\"\n")
+	s.systemctl("start", "whole.service", echo.Unit)
+	g := echo.load()
+	for _, unit := range []string{"whole.service", "base.service"} {
+		old := echo.instance()
+		g.Mark("restart of " + unit)
+		s.systemctl("restart", unit)
+		echo.settled("active")
+		if now := echo.instance(); now == old {
+			t.Errorf("a restart of %s did not restart %s", unit, echo.Unit)
+		}
+		g.newFlowsAt(echo.instance(), 100)
+	}
+	g.end()
+	for name, args := range map[string][]string{"PartOf=": {"stop", "whole.service"}, "BindsTo=": {"stop", "base.service"}, "isolate": {"isolate", "rescue.target"}} {
+		s.systemctl("start", "whole.service", echo.Unit)
+		g := echo.load()
+		echo.restart() // there is a draining instance too
+		g.Mark("stop")
+		s.systemctl(args...)
+		echo.settled("inactive")
+		s.nothingLeft(echo)
+		if r := g.stop(); r.Windows[0].Lost+r.Moved+r.Duplicated != 0 {
+			t.Errorf("%s: before the stop: %v", name, r)
+		}
+	}
+}
+
+// TestReexecWhileStarting has systemd read its units again and execute itself again while a version starts, and while restarts go on.
+func TestReexecWhileStarting(t *testing.T) {
+	s := newStory(t)
+	echo := s.install("echo", quickly("1s")...)
+	echo.start()
+	g := echo.load()
+	old := echo.instance()
+	hanging := echo.starting()
+	s.systemctl("daemon-reload")
+	s.systemctl("daemon-reexec")
+	g.more(1000)
+	if procs := echo.processes(); len(procs.Servers) != 2 || unix.Kill(hanging.Pid, 0) != nil {
+		t.Errorf("the version that starts is gone: %+v", procs)
+	}
+	s.install("echo", quickly("1s")...)
+	echo.restart()
+	if now := echo.instance(); now == old {
+		t.Error("no new instance")
+	}
+	for _, verb := range []string{"daemon-reexec", "daemon-reload", "daemon-reexec"} {
+		echo.later("restart")
+		s.systemctl(verb)
+		echo.settled("active")
+	}
+	g.newFlowsAt(echo.instance(), 50)
+	g.end()
+	echo.drained()
+	s.must(echo.Stop())
+	s.nothingLeft(echo)
+}
+
+// TestStartLimit has a unit with a start limit, as one that somebody wrote by hand. When it is reached systemd gives the unit up and throws its
+// stored sockets away. The instance lives on, and the next start takes over from it.
+func TestStartLimit(t *testing.T) {
+	s := newStory(t)
+	echo := s.install("echo", quickly("1s")...)
+	s.must(s.InstallUnits(map[string]string{echo.Unit + ".d/limit.conf": "[Unit]\nStartLimitIntervalSec=1h\nStartLimitBurst=4\n"}))
+	echo.start()
+	g := echo.load()
+	old := echo.instance()
+	s.install("echo", append(quickly("1s"), `"/usr/lib/grm/examples/echo"`, `"/bin/false"`)...)
+	var state string
+	for range 5 { // each of them has systemd start the unit once more by itself
+		if _, err := echo.Restart(); err == nil {
+			t.Error("a restart into /bin/false did not fail")
+		}
+		s.must(s.Wait("the unit is active again, or has failed", func() (bool, error) {
+			props, err := s.Show(echo.Unit, "ActiveState", "Job")
+			state = props["ActiveState"]
+			return state == "active" || state == "failed", err
+		}))
+		if state == "failed" {
+			break
+		}
+	}
+	if result, err := s.Property(echo.Unit, "Result"); err != nil || state != "failed" || result != "start-limit-hit" {
+		t.Errorf("the unit is %s, Result=%s, %v", state, result, err)
+	}
+	before := g.Snapshot().Instances[old].Flows
+	g.newFlowsAt(old, before+100)
+	if out := s.grm("status", "echo"); !strings.Contains(out, old) {
+		t.Errorf("grm status does not show the instance %s that lives on:\n%s", old, out)
+	}
+	s.install("echo", quickly("1s")...)
+	s.systemctl("reset-failed", echo.Unit)
+	echo.start()
+	if now := echo.instance(); now == old {
+		t.Error("no new instance")
+	}
+	g.newFlowsAt(echo.instance(), 100)
+	g.end()
+	echo.drained()
+	s.must(echo.Stop())
+	s.nothingLeft(echo)
+}
+
+// TestStopInBackOff stops a service whose only version fails, while it waits before the next attempt.
+func TestStopInBackOff(t *testing.T) {
+	s := newStory(t)
+	echo := s.install("echo", append(quickly("1s"), `"/usr/lib/grm/examples/echo"`, `"/bin/false"`)...)
+	if echo.Start() == nil {
+		t.Error("a start of /bin/false did not fail")
+	}
+	for range 2 {
+		echo.statusHas("waiting")
+		s.must(echo.Stop())
+		s.systemctl("reset-failed", echo.Unit) // it is no wonder that the unit has failed
+		s.nothingLeft(echo)
+		echo.later("start")
+	}
+	// A good version need not wait.
+	echo.statusHas("waiting")
+	s.install("echo", quickly("1s")...)
+	echo.restart()
+	g := echo.load()
+	echo.restart()
+	g.newFlowsAt(echo.instance(), 50)
+	g.end()
+	s.must(echo.Stop())
+	s.nothingLeft(echo)
+}
