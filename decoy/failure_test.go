@@ -279,7 +279,9 @@ func TestGoBackToOrphan(t *testing.T) {
 	m, r, server1 := second(t, watched, "say=READY=1")
 	server2, _ := m.report("start")
 	m.hears("READY=1")
-	_ = unix.Kill(m.bankOf(1).Keeper, unix.SIGKILL)
+	killed := m.bankOf(1).Keeper
+	_ = unix.Kill(killed, unix.SIGKILL)
+	m.until("it is gone", func() bool { return !alive(killed) })
 	_ = unix.Kill(server2, unix.SIGKILL)
 	m.hears("gen 1 serving; gen 2 failed: SIGKILL")
 	r.signal(syscall.SIGUSR1)

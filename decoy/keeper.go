@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"grm/control"
+	"grm/internal/proc"
 )
 
 // keeperComm is what a keeper goes by in ps, and what decoys know one by.
@@ -25,8 +26,9 @@ const (
 	handOverTime = 250 * time.Millisecond
 	// emptying bounds the wait for queues that another process fills.
 	emptying = 2 * time.Second
-	// killAfter is when a drained server that ignores the stop signal is killed.
-	killAfter = 10 * time.Second
+	// When a server that ignores the stop signal is killed: one that was not
+	// ready, whose restart somebody waits for, and a drained one.
+	killFailed, killDrained = 10 * time.Second, 30 * time.Second
 	// clearingFor bounds the wait for processes that a server left behind.
 	clearingFor = 5 * time.Second
 )
@@ -330,7 +332,12 @@ func (k *keeper) older() int {
 		if b == k.bank || bank.State != control.Serving || !k.ctl.Alive(b) {
 			continue
 		}
-		if p, err := openMember(bank.Server, ""); err == nil {
+		// Its keeper ends with its server. A server may hide from /proc.
+		p, err := openMember(bank.Keeper, keeperComm)
+		if err != nil {
+			p, err = openMember(bank.Server, "")
+		}
+		if err == nil {
 			p.close()
 			return b
 		}
@@ -364,7 +371,7 @@ func (k *keeper) fail(reason string) {
 		return
 	}
 	k.failure = reason
-	k.terminate()
+	k.terminate(killFailed)
 }
 
 // stop ends the server as systemd would.
@@ -372,16 +379,19 @@ func (k *keeper) stop() {
 	if k.phase == starting {
 		k.aborted = true
 	}
-	k.terminate()
-	k.killAt = 0 // systemd has a timeout for this, and ExecStopPost= kills then
+	k.terminate(0) // systemd has a timeout for this, and ExecStopPost= kills then
 }
 
-// terminate sends the stop signal.
-func (k *keeper) terminate() {
+// terminate sends the stop signal, and SIGKILL after the given time if that is
+// not 0.
+func (k *keeper) terminate(kill time.Duration) {
 	k.phase, k.signalled = stopping, true
 	k.probe.cancel()
 	k.readyBy, k.goneAt = 0, 0
-	k.killAt = after(killAfter)
+	k.killAt = 0
+	if kill > 0 {
+		k.killAt = after(kill)
+	}
 	k.server.kill(k.o.StopSignal)
 	k.server.kill(unix.SIGCONT) // one that is stopped must see it
 }
@@ -426,15 +436,20 @@ func (k *keeper) serverEnded(status int) {
 }
 
 // succeed finds the process that goes on after the main one has ended well, as
-// daemons do: the one that was named by MAINPID=, else the oldest child.
+// daemons do: the one that was named by MAINPID=, else the oldest of those that
+// are this process's children now.
 func (k *keeper) succeed() bool {
 	pids, err := descendants(k.pid)
-	if err != nil || len(pids) == 0 {
+	if err != nil {
 		return false
 	}
-	pid := pids[0]
-	if slices.Contains(pids, k.relay.mainPid) {
-		pid = k.relay.mainPid
+	pid := k.relay.mainPid
+	if !slices.Contains(pids, pid) {
+		i := slices.IndexFunc(pids, func(pid int) bool { return pid != k.probe.run.pid && proc.Parent(pid) == k.pid })
+		if i < 0 {
+			return false
+		}
+		pid = pids[i]
 	}
 	p, err := open(pid)
 	if err != nil {

@@ -142,7 +142,10 @@ func (r *relay) message(m notify.Message) {
 		k.ready()
 		v.ready = false // the decoy tells systemd so once it has seen the flip
 	}
-	if k.phase == starting || k.phase == serving {
+	if v.extend > 0 && k.phase == starting && k.readyBy != 0 {
+		k.readyBy = max(k.readyBy, after(v.extend)) // as systemd does
+	}
+	if k.phase == starting || k.phase == serving || k.phase == stopping && k.ctl != nil && k.ctl.Closing() {
 		v.pass(func(text string) { k.tell(msgNotify, text, m.FDs...) }, k.phase == serving)
 	}
 }
@@ -153,6 +156,7 @@ type verdict struct {
 	stopping bool
 	mainPid  int
 	status   *string
+	extend   time.Duration  // how long the server asks to be waited for
 	lines    []notify.Field // for systemd as they are
 	refused  []string       // keys, or what was wrong
 }
@@ -172,7 +176,12 @@ func judge(fields []notify.Field) verdict {
 			v.status = &s
 		case "MAINPID":
 			v.mainPid, _ = strconv.Atoi(f.Value) // not a number: none
-		case "RELOADING", "MONOTONIC_USEC", "WATCHDOG", "WATCHDOG_USEC", "EXTEND_TIMEOUT_USEC", "ERRNO", "BUSERROR", "EXIT_STATUS":
+		case "EXTEND_TIMEOUT_USEC":
+			if n, err := strconv.ParseUint(f.Value, 10, 32); err == nil {
+				v.extend = time.Duration(n) * time.Microsecond
+			}
+			v.lines = append(v.lines, f)
+		case "RELOADING", "MONOTONIC_USEC", "WATCHDOG", "WATCHDOG_USEC", "ERRNO", "BUSERROR", "EXIT_STATUS":
 			v.lines = append(v.lines, f)
 		case "BARRIER":
 			v.lines = append(v.lines, f)

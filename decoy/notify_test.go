@@ -34,6 +34,24 @@ func TestPassThrough(t *testing.T) {
 	m.hears(" · café au lait")
 }
 
+// A server that asks for more time gets it, while it starts and while it stops.
+func TestExtendTimeout(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "ready")
+	m := newManager(t, "say=EXTEND_TIMEOUT_USEC=60000000", "report=asked", "wait="+file, "say=READY=1").withControl()
+	m.o.ReadyTimeout = 2 * time.Second
+	m.activate(1)
+	r := m.start()
+	m.report("asked")
+	for end := control.Now() + m.o.ReadyTimeout + time.Second; control.Now() < end; m.serve(10) {
+	}
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m.hears("READY=1")
+	r.leaves()
+}
+
 func TestReadyIsHeldBack(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "go")

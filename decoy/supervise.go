@@ -367,18 +367,26 @@ func (d *decoy) tell(text string, fds ...int) {
 }
 
 func (d *decoy) patience() time.Duration {
-	if d.ctl == nil {
+	if d.ctl == nil && d.says == d.shown {
 		return time.Minute
 	}
 	return until(control.Now(), look, d.nextLook)
 }
 
-// step looks at the control map once in a while.
+// step does once in a while what needs no hurry.
 func (d *decoy) step(now time.Duration) {
-	if d.ctl == nil || d.phase == left || !(d.nextLook == 0 || d.nextLook.due(now)) {
+	if d.phase == left || d.nextLook != 0 && !d.nextLook.due(now) {
 		return
 	}
 	d.nextLook = timer(now + look)
+	if d.ctl != nil {
+		d.look(now)
+	}
+	d.show()
+}
+
+// look is at the control map.
+func (d *decoy) look(now time.Duration) {
 	b := d.ctl.Bank(d.bank)
 	if d.phase == attempting && b.State == control.Serving && b.ReadyAt != 0 && d.ctl.Working() == d.bank {
 		d.ready() // its message found the link full
@@ -389,9 +397,6 @@ func (d *decoy) step(now time.Duration) {
 	d.forget(now)
 	if d.phase == speaking {
 		d.adoptOrphans()
-	}
-	if d.phase != left {
-		d.show()
 	}
 }
 
@@ -465,14 +470,9 @@ func (d *decoy) message(p parcel) {
 	case msgReady:
 		d.ready()
 	case msgNotify:
-		if d.phase <= speaking {
-			d.tell(p.text, p.fds...)
-		}
+		d.tell(p.text, p.fds...)
 	case msgStatus:
 		d.says = p.text
-		if d.ctl == nil {
-			d.show()
-		}
 	case msgFailed:
 		if d.phase == speaking {
 			d.goBack(p.text)
