@@ -3,6 +3,7 @@ package decoy
 import (
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -15,7 +16,12 @@ type loop struct {
 	polls   []unix.PollFd
 	do      []func() error
 	removed bool
+	busy    bool          // something was done since memory was given back
+	trimmed time.Duration // when that was
 }
+
+// trimEvery is how often memory is given back at most.
+const trimEvery = 10 * time.Second
 
 // add calls do whenever fd has something to read or was hung up. The
 // descriptor stays the caller's.
@@ -62,8 +68,10 @@ func (l *loop) wait(d time.Duration) error {
 		return fmt.Errorf("poll: %w", err)
 	}
 	if n == 0 {
+		l.idle(control.Now())
 		return nil
 	}
+	l.busy = true
 	for i := range len(l.polls) { // what is added meanwhile has its turn next time
 		if do := l.do[i]; do != nil && l.polls[i].Revents != 0 {
 			l.polls[i].Revents = 0
@@ -73,6 +81,15 @@ func (l *loop) wait(d time.Duration) error {
 		}
 	}
 	return nil
+}
+
+// idle gives back what the start, or a burst of messages, has taken: these
+// processes live for long and do little, and each instance has one.
+func (l *loop) idle(now time.Duration) {
+	if l.busy && (l.trimmed == 0 || now >= l.trimmed+trimEvery) {
+		l.busy, l.trimmed = false, now
+		debug.FreeOSMemory()
+	}
 }
 
 func (l *loop) compact() {

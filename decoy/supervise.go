@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"syscall"
@@ -357,7 +356,6 @@ func (d *decoy) ready() {
 	}
 	d.shown = d.line(control.Now())
 	d.tell("READY=1\nSTATUS=" + d.shown)
-	debug.FreeOSMemory() // of the start; nothing is urgent now
 }
 
 func (d *decoy) tell(text string, fds ...int) {
