@@ -19,7 +19,8 @@ import (
 // The packages whose tests depend on what the kernel does, and which of their
 // tests. Everything is about a hundred times slower here than on a CPU.
 var suites = []struct{ dir, run, skip string }{
-	{dir: "bpfprog", run: ".", skip: "^TestInsertRace$"}, // emulated CPUs hardly ever meet, without which it proves nothing
+	// Emulated CPUs hardly ever meet, without which TestInsertRace proves nothing; veth is a module of these kernels.
+	{dir: "bpfprog", run: ".", skip: "^Test(InsertRace|VethTrains)$"},
 	{dir: "bpfprog/cbpf", run: "."},
 	{dir: "control", run: "."},
 	{dir: "activate", run: "^Test(FirstStart|RestartAndStop|Crash|StandIn|SharedGroup|ManySockets|BPFFSAbsent|Clamped.*)$"},
