@@ -53,7 +53,7 @@ type modelGroup struct {
 	group    *Group
 	services []*Service // by app
 	sockets  map[int]*modelSocket
-	clients  []modelClient
+	clients  []*modelClient
 	last     uint64 // generation
 	// How many packets were of known flows, of new ones, and dropped.
 	known, fresh, dropped int
@@ -64,6 +64,7 @@ type modelClient struct {
 	fd   int
 	to   unix.Sockaddr
 	from netip.AddrPort
+	sent bool // a packet that may have begun a flow
 }
 
 // modelSocket is one of the group's, by its descriptor.
@@ -109,9 +110,9 @@ func (m *modelGroup) play(rounds int) {
 	m.Logf("%d packets of known flows, %d of new ones, %d dropped", m.known, m.fresh, m.dropped)
 }
 
-func (m *modelGroup) client() modelClient {
+func (m *modelGroup) client() *modelClient {
 	address := m.group.Spec.Address
-	var c modelClient
+	c := &modelClient{}
 	if address.Addr().Is4() || m.IntN(2) == 0 {
 		c.fd = must(unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0))(m)
 		check(m, unix.Bind(c.fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
@@ -263,6 +264,10 @@ func (m *modelGroup) packet() {
 	if client.from.Addr().Is6() {
 		packet.EtherType = unix.ETH_P_IPV6
 	}
+	if !client.sent && m.strange(payload) {
+		m.mustBeNew(arrived, payload)
+	}
+	client.sent = true
 	verdicts := model.Possible(state, packet)
 	for _, v := range verdicts {
 		got := arrived == nil && v.Dropped || arrived != nil && !v.Dropped && *arrived == modelSocket{v.App, v.Bank, v.Slot}
@@ -284,6 +289,39 @@ func (m *modelGroup) packet() {
 		}
 	}
 	m.Fatalf("packet %x arrived at %+v, against all %d of the model, such as\n%s", payload, arrived, len(verdicts), verdicts[0])
+}
+
+// strange says whether a payload names no flow and no app.
+func (m *modelGroup) strange(payload []byte) bool {
+	return m.group.Spec.Dissector.Kind != CBPF || len(payload) >= 4 && payload[0] < 0x80 && (payload[0] != 0 || payload[1] != 0)
+}
+
+// mustBeNew asserts what the first packet of a client has to do, by what the
+// test itself knows: it goes to the newest generation of the order that has an
+// open socket, and to no older one, and is dropped if there is none or the
+// service is being stopped.
+func (m *modelGroup) mustBeNew(arrived *modelSocket, payload []byte) {
+	c := m.services[0].Control()
+	if c.Closing() {
+		if arrived != nil {
+			m.Fatalf("a new flow's packet %x arrived at %+v of a service that is being stopped", payload, arrived)
+		}
+		return
+	}
+	for _, bank := range c.Order().Banks() {
+		for _, s := range m.sockets {
+			if s.app != 0 || s.bank != bank {
+				continue
+			}
+			if arrived == nil || arrived.app != 0 || arrived.bank != bank {
+				m.Fatalf("a new flow's packet %x arrived at %+v, but bank %d of %v lives", payload, arrived, bank, c.Order().Banks())
+			}
+			return
+		}
+	}
+	if arrived != nil {
+		m.Fatalf("a new flow's packet %x arrived at %+v, which is not in the order", payload, arrived)
+	}
 }
 
 // arrived is the socket that has the packet; nil if it was dropped.
