@@ -21,8 +21,8 @@ import (
 	"runtime"
 	"strings"
 	"syscall"
-	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
@@ -73,7 +73,7 @@ type bench struct {
 	udpgrm *udpgrm // or nil
 	plots  string  // directory for them, or ""
 	short  bool
-	out    *tabwriter.Writer
+	table  [][]string
 }
 
 // section is a part of the report.
@@ -125,7 +125,6 @@ func inside(ctx context.Context, args []string) (err error) {
 	defer func() { err = errors.Join(err, t.close()) }()
 	b := &bench{
 		room: room{cgroup: cgroup, port: 1024}, traffic: t, ctx: ctx, plots: *plots, short: *short,
-		out: tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight),
 	}
 	if dir := os.Getenv("UDPGRM_DIR"); dir != "" {
 		daemon, cancel := context.WithCancel(ctx)
@@ -144,7 +143,9 @@ func inside(ctx context.Context, args []string) (err error) {
 		if !chosen.MatchString(s.name) {
 			continue
 		}
-		if err := errors.Join(s.run(b), b.out.Flush()); err != nil {
+		err := s.run(b)
+		b.flush()
+		if err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
 		if ctx.Err() != nil {
@@ -222,21 +223,46 @@ func leave(cgroup string) error {
 	return errors.Join(err, os.Remove(cgroup))
 }
 
-// title begins a table.
+// title prints the table before, and begins one.
 func (b *bench) title(format string, args ...any) {
-	_ = b.out.Flush() // what it could not write, the next flush reports
+	b.flush()
 	fmt.Printf("\n"+format+"\n", args...)
 }
 
 // row adds a line to the table.
 func (b *bench) row(cells ...any) {
+	texts := make([]string, len(cells))
 	for i, c := range cells {
+		texts[i] = fmt.Sprint(c)
 		if f, ok := c.(float64); ok {
-			cells[i] = fmt.Sprintf("%.0f", f)
+			texts[i] = fmt.Sprintf("%.0f", f)
 		}
-		fmt.Fprintf(b.out, "%v\t", cells[i])
 	}
-	fmt.Fprintln(b.out)
+	b.table = append(b.table, texts)
+}
+
+// flush prints the table: names to the left, numbers to the right.
+func (b *bench) flush() {
+	var widths []int
+	for _, row := range b.table {
+		for i, cell := range row {
+			if i == len(widths) {
+				widths = append(widths, 0)
+			}
+			widths[i] = max(widths[i], utf8.RuneCountInString(cell))
+		}
+	}
+	for _, row := range b.table {
+		for i, cell := range row {
+			if i == 0 {
+				fmt.Printf("%-*s", widths[i], cell)
+			} else {
+				fmt.Printf("  %*s", widths[i], cell)
+			}
+		}
+		fmt.Println()
+	}
+	b.table = nil
 }
 
 // draw writes a curve's plot, if plots are wanted.

@@ -61,11 +61,17 @@ func since(programs []object, before runs) (float64, error) {
 	return float64(after.ns-before.ns) / float64(after.count-before.count), nil
 }
 
-// net is the median of what the probe cost beyond base in the same round.
+// net is the median of what the probe cost beyond base in the same round; 0
+// for a program that it does not have.
 func net(probe, base []sample) sample {
 	rx, tx := make([]float64, len(probe)), make([]float64, len(probe))
 	for i := range probe {
-		rx[i], tx[i] = probe[i].rx-base[i].rx, probe[i].tx-base[i].tx
+		if probe[i].rx != 0 {
+			rx[i] = probe[i].rx - base[i].rx
+		}
+		if probe[i].tx != 0 {
+			tx[i] = probe[i].tx - base[i].tx
+		}
 	}
 	return sample{median(rx), median(tx)}
 }

@@ -1,13 +1,15 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"time"
 )
 
 const (
-	hotFlows  = 512 // few enough to stay in the caches
+	hotFlows  = 512
+	peerFlows = 8192 // what udpgrm's table holds, of all groups
 	roundSize = 1024
 )
 
@@ -56,143 +58,133 @@ func (b *bench) talk(name string, t *target, clients func() []client, cookies []
 	}}
 }
 
+// What a row of the table of programs is about.
+func steering(s sample) float64 { return s.rx }
+func hook(s sample) float64     { return s.tx }
+func both(s sample) float64     { return s.rx + s.tx }
+
 // programs compares what the programs cost for each packet.
 func (b *bench) programs() (err error) {
 	var g garage
 	defer g.empty(&err)
+	// First packets fill the tables, and so come when all else is measured.
+	var known, first run
+	strangers := b.newClients(hotFlows)
+	any := func(from []client) func() []client {
+		return func() []client { return b.some(from, roundSize) }
+	}
+	fresh := func() []client { return b.newClients(roundSize) }
+
 	empty, err := g.put(b.group(plain{&b.room, loadEmptyReuseport}, options{hooks: true}, 4))
 	if err != nil {
 		return err
 	}
-	any512 := b.newClients(hotFlows)
-	hot := func(from []client) func() []client {
-		return func() []client { return b.some(from, roundSize) }
-	}
-	base := b.talk("empty", empty, hot(any512), nil, true)
-	// First packets fill the tables, and so come when all else is measured.
-	probes, firsts := []probe{base}, []probe{base}
+	known.add("", b.talk("empty", empty, any(strangers), nil, true))
+	first.add("", b.talk("empty", empty, any(strangers), nil, true))
 	// What no steering program can do without, and what no flow table can.
-	bare, err := g.put(b.group(plain{&b.room, loadSelect}, options{}, 4))
-	if err != nil {
-		return err
-	}
-	probes = append(probes, b.talk("select", bare, hot(any512), nil, false))
-	lru, err := g.put(b.group(plain{&b.room, func(int) (int, error) { return loadLookUp(any512) }}, options{}, 4))
-	if err != nil {
-		return err
-	}
-	probes = append(probes, b.talk("look-up", lru, hot(any512), nil, false))
-
-	type line struct {
-		what       string
-		rx, first  bool
-		target     float64 // at most this share of udpgrm's
-		grm, other int     // probes
-	}
-	var lines []line
-	for _, s := range []struct {
-		name string
-		subject
-	}{{"grm", grm{&b.room}}, {"udpgrm", b.other()}} {
-		if s.subject == nil {
-			continue
+	for _, c := range []contender{
+		{"select", plain{&b.room, loadSelect}},
+		{"look up", plain{&b.room, func(int) (int, error) { return loadLookUp(strangers) }}},
+	} {
+		t, err := g.put(b.group(c, options{}, 4))
+		if err != nil {
+			return err
 		}
-		// at names what the last probe says of one direction; add appends one.
-		at := func(what string, rx bool, target float64) {
-			if s.name == "grm" {
-				lines = append(lines, line{what, rx, false, target, len(probes) - 1, 0})
-				return
-			}
-			lines[slices.IndexFunc(lines, func(l line) bool { return l.what == what })].other = len(probes) - 1
-		}
-		add := func(p probe) { probes = append(probes, p) }
-		for _, k := range []kind{noop, flow, cbpf2, cbpf20} {
-			t, err := g.put(b.group(s.subject, options{k, flows, true}, 4))
+		known.add(c.name, b.talk(c.name, t, any(strangers), nil, false))
+	}
+	for _, s := range b.systems() {
+		for _, k := range []kind{noop, cbpf2, cbpf20} {
+			t, err := g.put(b.group(s, options{k, flows, true}, 4))
 			if err != nil {
 				return fmt.Errorf("%s, %s: %w", s.name, k, err)
 			}
-			name := s.name + " " + k.String()
-			switch k {
-			case noop:
-				add(b.talk(name, t, hot(any512), nil, true))
-				at("noop", true, 0.35)
-				at("noop: its sendmsg hook", false, 0)
-			case flow:
-				known := b.newClients(hotFlows)
-				if err := b.establish(t, known); err != nil {
-					return fmt.Errorf("%s: %w", name, err)
-				}
-				add(b.talk(name+", known", t, hot(known), nil, true))
-				at("flow, known", true, 0.40)
-				at("flow, known: its sendmsg hook", false, 0.35)
-				firsts = append(firsts, b.talk(name+", new", t, func() []client { return b.newClients(roundSize) }, nil, true))
-			default:
-				cookies, err := t.cookies()
-				if err != nil {
-					return fmt.Errorf("%s: %w", name, err)
-				}
-				target := map[kind]float64{cbpf2: 0.30, cbpf20: 0.20}[k]
-				add(b.talk(name+", hit", t, hot(any512), cookies, false))
-				at(k.String()+" instructions, known", true, target)
-				add(b.talk(name+", miss", t, hot(any512), nil, false))
-				at(k.String()+" instructions, unknown", true, target)
+			label := s.name + " " + k.String()
+			if k == noop {
+				known.add(label, b.talk(label, t, any(strangers), nil, true))
+				continue
+			}
+			cookies, err := t.cookies()
+			if err != nil {
+				return fmt.Errorf("%s: %w", label, err)
+			}
+			known.add(label, b.talk(label, t, any(strangers), cookies, false))
+			known.add(label+" unknown", b.talk(label+", no cookie", t, any(strangers), nil, false))
+		}
+		for _, size := range []struct{ known, table int }{{64, peerFlows}, {hotFlows, peerFlows}, {hotFlows, flows}} {
+			t, err := g.put(b.group(s, options{flow, size.table, true}, 4))
+			if err != nil {
+				return fmt.Errorf("%s, flow: %w", s.name, err)
+			}
+			clients := b.newClients(size.known)
+			if err := b.establish(t, clients); err != nil {
+				return fmt.Errorf("%s, flow: %w", s.name, err)
+			}
+			label := fmt.Sprintf("%s flow %d/%d", s.name, size.known, size.table)
+			known.add(label, b.talk(label, t, any(clients), nil, true))
+			if size.table == flows {
+				first.add(s.name, b.talk(s.name+", first packets", t, fresh, nil, true))
 			}
 		}
 	}
-	samples, err := measure(b.rounds(), probes)
-	if err != nil {
+	if err := errors.Join(known.measure(b.rounds()), first.measure(b.rounds())); err != nil {
 		return err
 	}
-	first, err := measure(b.rounds(), firsts)
-	if err != nil {
-		return err
-	}
-	other := 0
-	if b.udpgrm != nil {
-		other = 2
-	}
-	lines = append(lines, line{"flow, first packet", true, true, 1, 1, other},
-		line{"flow, first answer: its sendmsg hook", false, true, 1, 1, other})
-	idle := gross(samples[0])
+
+	idle := gross(known.of(""))
 	b.title("Programs: ns per run beyond an empty program of the same type (steering %.0f ns, sendmsg %.0f ns); median of %d rounds of %d packets",
 		idle.rx, idle.tx, b.rounds(), roundSize)
 	b.row("", "grm", "udpgrm", "grm/udpgrm", "target")
-	b.row("selecting a socket, nothing else", net(samples[1], samples[0]).rx, "-", "-", "-")
-	b.row("asking an LRU map for the flow, nothing else", net(samples[2], samples[0]).rx, "-", "-", "-")
-	for _, l := range lines {
-		from := samples
-		if l.first {
-			from = first
+	row := func(what string, r *run, label string, of func(sample) float64, target float64) {
+		ours := of(net(r.of("grm"+label), r.of("")))
+		other, ratio, goal := "-", "-", "-"
+		if b.udpgrm != nil {
+			theirs := of(net(r.of("udpgrm"+label), r.of("")))
+			other, ratio = fmt.Sprintf("%.0f", theirs), fmt.Sprintf("%.2f", ours/theirs)
 		}
-		pick := func(i int) float64 {
-			n := net(from[i], from[0])
-			if l.rx {
-				return n.rx
-			}
-			if gross(from[i]).tx == 0 {
-				return 0 // there is none
-			}
-			return n.tx
+		if target != 0 {
+			goal = fmt.Sprintf("≤ %.2f", target)
 		}
-		other, ratio, target := "-", "-", "-"
-		if l.other != 0 {
-			other = fmt.Sprintf("%.0f", pick(l.other))
-			ratio = fmt.Sprintf("%.2f", pick(l.grm)/pick(l.other))
-		}
-		if l.target != 0 {
-			target = fmt.Sprintf("≤ %.2f", l.target)
-		}
-		b.row(l.what, pick(l.grm), other, ratio, target)
+		b.row(what, ours, other, ratio, goal)
 	}
+	b.row("for comparison: selecting a socket, nothing else", net(known.of("select"), known.of("")).rx, "-", "-", "-")
+	b.row("for comparison: an LRU map's look-up of one of 512 flows, nothing else", net(known.of("look up"), known.of("")).rx, "-", "-", "-")
+	row("noop", &known, " noop", steering, 0.35)
+	row("cbpf, 2 instructions, known", &known, " cbpf 2", steering, 0.30)
+	row("cbpf, 2 instructions, no cookie", &known, " cbpf 2 unknown", steering, 0)
+	row("cbpf, 20 instructions, known", &known, " cbpf 20", steering, 0.20)
+	row("cbpf, 20 instructions, no cookie", &known, " cbpf 20 unknown", steering, 0)
+	for _, l := range []struct{ what, label string }{
+		{"64 flows, table of 8,192", fmt.Sprintf(" flow 64/%d", peerFlows)},
+		{"512 flows, table of 8,192", fmt.Sprintf(" flow %d/%d", hotFlows, peerFlows)},
+		{"512 flows, table of 65,536 (udpgrm: 8,192)", fmt.Sprintf(" flow %d/%d", hotFlows, flows)},
+	} {
+		row("flow, known, "+l.what, &known, l.label, steering, 0.40)
+		row("    its sendmsg hook", &known, l.label, hook, 0.35)
+		row("    packet and answer", &known, l.label, both, 0)
+	}
+	row("flow, first packet", &first, "", steering, 0)
+	row("    its sendmsg hook", &first, "", hook, 0)
+	row("    packet and answer", &first, "", both, 1)
 	return nil
 }
 
-func (b *bench) other() subject {
-	if b.udpgrm == nil {
-		return nil
-	}
-	return b.udpgrm
+// run is a set of probes by name. All is net of the one without a name.
+type run struct {
+	names   []string
+	probes  []probe
+	samples [][]sample
 }
+
+func (r *run) add(name string, p probe) {
+	r.names, r.probes = append(r.names, name), append(r.probes, p)
+}
+
+func (r *run) measure(rounds int) (err error) {
+	r.samples, err = measure(rounds, r.probes)
+	return err
+}
+
+func (r *run) of(name string) []sample { return r.samples[slices.Index(r.names, name)] }
 
 // endToEnd compares what is left of the difference in a whole exchange.
 func (b *bench) endToEnd() (err error) {
@@ -381,11 +373,17 @@ func (b *bench) emptyProbe(g *garage) (probe, error) {
 	return b.talk("empty", t, func() []client { return b.some(clients, roundSize) }, nil, true), nil
 }
 
+// contender is a system under test.
+type contender struct {
+	name string
+	subject
+}
+
 // systems are grm and, if it is there, udpgrm.
-func (b *bench) systems() map[string]subject {
-	all := map[string]subject{"grm": grm{&b.room}}
+func (b *bench) systems() []contender {
+	all := []contender{{"grm", grm{&b.room}}}
 	if b.udpgrm != nil {
-		all["udpgrm"] = b.udpgrm
+		all = append(all, contender{"udpgrm", b.udpgrm})
 	}
 	return all
 }
@@ -409,14 +407,10 @@ func (b *bench) socketCurve() (err error) {
 	if c.base, err = b.emptyProbe(&g); err != nil {
 		return err
 	}
-	for _, name := range []string{"grm", "udpgrm"} {
-		s := b.systems()[name]
-		if s == nil {
-			continue
-		}
+	for _, s := range b.systems() {
 		for _, k := range []kind{noop, flow} {
 			for _, n := range b.to(256) {
-				label := name + " " + k.String()
+				label := s.name + " " + k.String()
 				t, err := g.put(b.group(s, options{k, flows, k == flow}, n))
 				if err != nil {
 					return fmt.Errorf("%s with %d sockets: %w", label, n, err)
@@ -442,11 +436,7 @@ func (b *bench) generationCurve() (err error) {
 	if c.base, err = b.emptyProbe(&g); err != nil {
 		return err
 	}
-	for _, name := range []string{"grm", "udpgrm"} {
-		s := b.systems()[name]
-		if s == nil {
-			continue
-		}
+	for _, s := range b.systems() {
 		for _, n := range b.to(32) {
 			t, err := g.put(s.target(options{flow, flows, true}))
 			if err != nil {
@@ -455,18 +445,18 @@ func (b *bench) generationCurve() (err error) {
 			clients := b.newClients(hotFlows)
 			for i := range n {
 				if err := t.advance(4); err != nil {
-					return fmt.Errorf("%s: generation %d of %d: %w", name, i+1, n, err)
+					return fmt.Errorf("%s: generation %d of %d: %w", s.name, i+1, n, err)
 				}
 				share := clients[i*len(clients)/n : (i+1)*len(clients)/n]
 				if err := b.establish(t, share); err != nil {
-					return fmt.Errorf("%s: generation %d of %d: %w", name, i+1, n, err)
+					return fmt.Errorf("%s: generation %d of %d: %w", s.name, i+1, n, err)
 				}
 			}
 			known := func() []client { return b.some(clients, roundSize) }
 			fresh := func() []client { return b.newClients(roundSize) }
 			c.points = append(c.points,
-				curvePoint{name + " known", n, b.talk(name, t, known, nil, false)},
-				curvePoint{name + " new", n, b.talk(name, t, fresh, nil, false)})
+				curvePoint{s.name + " known", n, b.talk(s.name, t, known, nil, false)},
+				curvePoint{s.name + " new", n, b.talk(s.name, t, fresh, nil, false)})
 		}
 	}
 	return b.run(c)
@@ -530,23 +520,19 @@ func (b *bench) groupCurve() (err error) {
 	if c.base, err = b.emptyProbe(&g); err != nil {
 		return err
 	}
-	for _, name := range []string{"grm", "udpgrm"} {
-		s := b.systems()[name]
-		if s == nil {
-			continue
-		}
+	for _, s := range b.systems() {
 		var groups []*target
 		clients := b.newClients(batch)
 		for _, n := range b.to(100) {
 			for len(groups) < n {
 				t, err := g.put(b.group(s, options{flow, 1024, false}, 1))
 				if err != nil {
-					return fmt.Errorf("%s: group %d: %w", name, len(groups)+1, err)
+					return fmt.Errorf("%s: group %d: %w", s.name, len(groups)+1, err)
 				}
 				groups = append(groups, t)
 			}
 			used := slices.Clone(groups)
-			p := probe{name: name, run: func() error {
+			p := probe{name: s.name, run: func() error {
 				for i := range roundSize {
 					t := used[i%len(used)]
 					if err := b.exchange(t.port, b.some(clients, 1), nil, t.sockets, false); err != nil {
@@ -562,7 +548,7 @@ func (b *bench) groupCurve() (err error) {
 					}
 				}
 			}
-			c.points = append(c.points, curvePoint{name, n, p})
+			c.points = append(c.points, curvePoint{s.name, n, p})
 		}
 	}
 	return b.run(c)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -206,21 +207,24 @@ func (t *traffic) receive(sockets []int, answer bool) (int, error) {
 }
 
 // exchange lets every client send one datagram and the sockets take it, and
-// answer if they are to.
+// answer if they are to. It fails if one does not arrive.
 func (t *traffic) exchange(port int, clients []client, cookies []uint16, sockets []int, answer bool) error {
-	got := 0
 	for rest := clients; len(rest) > 0; rest = rest[min(batch, len(rest)):] {
-		if err := t.send(port, rest[:min(batch, len(rest))], cookies); err != nil {
+		sent := min(batch, len(rest))
+		if err := t.send(port, rest[:sent], cookies); err != nil {
 			return err
 		}
-		n, err := t.receive(sockets, answer)
-		if err != nil {
-			return err
+		// They are there by now, unless the kernel had to leave some to its
+		// own thread.
+		for got, deadline := 0, time.Now().Add(5*time.Second); got < sent; {
+			n, err := t.receive(sockets, answer)
+			if err != nil {
+				return err
+			}
+			if got += n; got < sent && time.Now().After(deadline) {
+				return fmt.Errorf("port %d: %d of %d datagrams arrived", port, got, sent)
+			}
 		}
-		got += n
-	}
-	if got != len(clients) {
-		return fmt.Errorf("port %d: %d of %d datagrams arrived", port, got, len(clients))
 	}
 	return nil
 }
