@@ -216,7 +216,7 @@ func (s *Service) Processes() (Processes, error) {
 			found.Decoy = &p
 		case p.Comm == "grm-keeper":
 			found.Keepers = append(found.Keepers, p)
-		case strings.HasPrefix(p.Comm, "grm-"):
+		case strings.HasPrefix(p.Comm, "grm-"), strings.HasPrefix(p.Comm, "("): // the latter is systemd's until it has executed
 		default:
 			programs[p.BoxPid] = true
 		}

@@ -132,17 +132,19 @@ func (m *model) badVersion() {
 // crash kills the newest server: within its watch the one before it takes over, later a new one does.
 func (m *model) crash() {
 	victim := m.echo.server()
-	procs := m.echo.processes()
 	m.killed++
 	m.load.Gone(strconv.Itoa(victim.BoxPid))
+	before := m.load.Snapshot()
 	m.must(victim.Kill(unix.SIGKILL))
-	for _, p := range procs.Servers {
-		m.expected = append(m.expected, strconv.Itoa(p.BoxPid))
-	}
-	m.must(m.Wait("another server is the newest", func() (bool, error) {
-		procs, err := m.echo.Processes()
-		return len(procs.Servers) > 0 && procs.Decoy != nil && procs.Servers[len(procs.Servers)-1].BoxPid != victim.BoxPid, err
-	}))
+	m.load.until("flows begin at another instance", func(r load.Result) bool {
+		for name, in := range r.Instances {
+			if name != strconv.Itoa(victim.BoxPid) && in.Flows > before.Instances[name].Flows+10 {
+				m.expected = append(m.expected, name)
+				return true
+			}
+		}
+		return false
+	})
 }
 
 func (m *model) killDecoy() {

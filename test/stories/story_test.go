@@ -107,13 +107,16 @@ func (s *story) installText(toml string) *service {
 	return &service{svc, s}
 }
 
+// dumped is how many lines of a journal are shown.
+const dumped = 60
+
 // dump shows the end of a unit's journal, but for what systemd says of every restart with processes that stay.
 func (s *story) dump(unit string) {
 	journal, err := s.Journal(unit)
 	journal = slices.DeleteFunc(journal, func(line string) bool {
 		return strings.Contains(line, "left-over process") || strings.Contains(line, "remains running") || strings.HasPrefix(line, "This usually indicates")
 	})
-	journal = journal[max(0, len(journal)-60):]
+	journal = journal[max(0, len(journal)-dumped):]
 	for i, line := range journal {
 		journal[i] = line[:min(len(line), 500)]
 	}
