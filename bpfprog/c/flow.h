@@ -31,6 +31,11 @@
  * the same home. The random part keeps a slow CPU from taking a later
  * tentative word in the same way for the one it saw.
  *
+ * A key whose own way is expired, or names a generation that is gone, renews
+ * that way: it is the one to give up, and all else is as above. Whoever meets a
+ * way of its key reads the time first and the word then, so that with the time
+ * after a renewal it never has the word from before.
+ *
  * Fingerprint and home share one 64-bit word, so that no reader gets a home
  * that belongs to another key than the one it compared, even if the way is
  * given away between two loads.
@@ -158,8 +163,9 @@ static __always_inline bool flow_find_in(struct flow_bucket *b, const struct flo
 		/* The upper half alone first: most ways end here. */
 		if (likely(READ_ONCE(((__u32 *)&b->word[way])[1]) != k->fingerprint))
 			continue;
-		word = READ_ONCE(b->word[way]);
+		/* In this order: a way that was renewed in between is seen with the old time, and looked at again. */
 		f->last = READ_ONCE(b->last[way]);
+		word = READ_ONCE(b->word[way]);
 		if (!flow_is(b, way, word, k) || !flow_settled(f->last))
 			continue;
 		f->b = b;
@@ -178,6 +184,13 @@ static __always_inline bool flow_find(const struct flow_key *k, struct flow_foun
 		return true;
 	b = flow_bucket(k->bucket[1]);
 	return b && flow_find_in(b, k, f);
+}
+
+/* Reads a way's time and then its word, with a barrier in between: the word is not older than the time. */
+static __always_inline void flow_look(struct flow_bucket *b, __u32 way, __u32 *last, __u64 *word)
+{
+	*last = __sync_fetch_and_or(&b->last[way], 0);
+	*word = READ_ONCE(b->word[way]);
 }
 
 enum flow_outcome {
@@ -201,6 +214,7 @@ struct flow_insert {
 
 #define FLOW_NONE (2 * FLOW_WAYS)
 #define FLOW_OTHER (2 * FLOW_WAYS + 1)
+#define FLOW_RETRY (2 * FLOW_WAYS + 2)
 
 struct flow_candidate {
 	__u32 way; /* 0..15, or FLOW_NONE */
@@ -209,7 +223,7 @@ struct flow_candidate {
 
 /* All fields are working memory of flow_victim but the first. */
 struct flow_victim {
-	struct flow_candidate best; /* way: FLOW_NONE: only live assured ones; FLOW_OTHER: the key has another way by now */
+	struct flow_candidate best; /* way: FLOW_NONE: only live assured ones; FLOW_OTHER: the key has another home by now; FLOW_RETRY: it may soon */
 	struct flow_candidate free[2];
 	__u32 live[2];
 	__u32 age;
@@ -243,12 +257,16 @@ __noinline int flow_victim(struct flow_insert *in, struct flow_victim *v)
 		__u32 last = READ_ONCE(b->last[way]);
 
 		if (flow_settled(last) && flow_is(b, way, word, &in->key)) {
+			flow_look(b, way, &last, &word);
 			v->best.last = last;
 			v->best.way = i;
 			if (last == in->old_last && word == in->old_word)
 				return 0;
-			in->home = word;
-			v->best.way = FLOW_OTHER;
+			v->best.way = FLOW_RETRY;
+			if (flow_settled(last) && flow_is(b, way, word, &in->key)) {
+				in->home = word;
+				v->best.way = FLOW_OTHER;
+			}
 			return 0;
 		}
 		if (last == 0 || (flow_settled(last) && flow_expired(last, in->now))) {
@@ -304,6 +322,11 @@ __noinline int flow_rivals(struct flow_insert *in, __u32 mine)
 
 		if (i == mine || last == 0 || last == FLOW_BUSY || !flow_is(b, way, word, &in->key))
 			continue;
+		flow_look(b, way, &last, &word);
+		if (last == 0)
+			continue;
+		if (last == FLOW_BUSY || !flow_is(b, way, word, &in->key))
+			return FLOW_AGAIN;
 		in->raced = 1;
 		if (flow_settled(last)) {
 			in->home = word;
@@ -341,6 +364,8 @@ __noinline int flow_insert(struct flow_insert *in)
 		flow_victim(in, &v);
 		if (v.best.way == FLOW_OTHER)
 			return FLOW_THERE;
+		if (v.best.way == FLOW_RETRY)
+			continue;
 		if (v.best.way >= FLOW_NONE)
 			return FLOW_FULL;
 		b = flow_bucket(in->key.bucket[v.best.way / FLOW_WAYS & 1]);
