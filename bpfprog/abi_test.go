@@ -265,14 +265,13 @@ func TestABIOfStrangers(t *testing.T) {
 func TestOtherOptionsAreLeftAlone(t *testing.T) {
 	r := newHookedRig(t, flowSpec("127.0.0.1:5001"))
 	c := r.generation(0, 1, 1)[0]
-	check(t, setOption(t, c, unix.SOL_SOCKET, unix.SO_BINDTODEVICE, append([]byte("lo"), make([]byte, 8192)...)))
-	v, err := getOption(t, c, unix.SOL_SOCKET, unix.SO_BINDTODEVICE, 16384)
-	check(t, err)
-	want(t, "device", string(v), "lo\x00")
-	check(t, setOption(t, c, unix.SOL_SOCKET, unix.SO_PRIORITY, u32(3)))
-	v, err = getOption(t, c, unix.SOL_SOCKET, unix.SO_PRIORITY, 4)
-	check(t, err)
-	want(t, "priority", string(v), string(u32(3)))
+	for i, size := range []int{4, 8192} {
+		priority := append(u32(uint32(2+i)), make([]byte, size-4)...)
+		check(t, setOption(t, c, unix.SOL_SOCKET, unix.SO_PRIORITY, priority))
+		v, err := getOption(t, c, unix.SOL_SOCKET, unix.SO_PRIORITY, 2*size)
+		check(t, err)
+		want(t, "priority", string(v), string(priority[:4]))
+	}
 	wantErrno(t, "unknown option", setOption(t, c, unix.IPPROTO_UDP, 199, u32(1)), unix.ENOPROTOOPT)
 	check(t, setOption(t, c, unix.IPPROTO_UDP, unix.UDP_SEGMENT, u32(1000)))
 }
@@ -312,6 +311,115 @@ func TestGuard(t *testing.T) {
 	check(t, setOption(t, c, unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_CBPF, raw))
 	check(t, setOption(t, c, unix.SOL_SOCKET, unix.SO_DETACH_REUSEPORT_BPF, u32(0)))
 	wantErrno(t, "detach twice", setOption(t, c, unix.SOL_SOCKET, unix.SO_DETACH_REUSEPORT_BPF, u32(0)), unix.ENOENT)
+}
+
+// Of a socket that has left the group, but not the address, the kernel would be
+// the first to find, and give it the packets of all flows and generations. So
+// what a server may do to a socket it was given stays with that socket.
+func TestTakeover(t *testing.T) {
+	option := func(name, value int) func(fd int) error {
+		return func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, name, value) }
+	}
+	filter := []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: 0}} // nothing
+	for _, misuse := range []struct {
+		what    string
+		do      func(fd int) error
+		err     error
+		guarded bool
+		deaf    bool // the socket itself gets nothing any more
+	}{
+		{"SO_REUSEPORT 0", option(unix.SO_REUSEPORT, 0), nil, true, false},
+		{"SO_REUSEPORT 1", option(unix.SO_REUSEPORT, 1), nil, true, false},
+		{"device", func(fd int) error { return unix.BindToDevice(fd, "lo") }, unix.EPERM, true, false},
+		{"interface", option(unix.SO_BINDTOIFINDEX, 1), unix.EPERM, true, false},
+		{"connect", connect, unix.EPERM, true, false},
+		{"shutdown", func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RDWR) }, unix.ENOTCONN, false, false},
+		{"filter", func(fd int) error {
+			return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &filter[0]})
+		}, nil, false, true},
+		{"SO_INCOMING_CPU", option(unix.SO_INCOMING_CPU, 0), nil, false, false},
+		{"SO_REUSEADDR", option(unix.SO_REUSEADDR, 1), nil, false, false},
+	} {
+		for _, address := range []string{"127.0.0.1:5001", "0.0.0.0:5001", "[::1]:5001", "[::]:5001"} {
+			t.Run(misuse.what+", "+address, func(t *testing.T) {
+				spec := flowSpec(address)
+				spec.DualStack = address == "[::]:5001"
+				r := newHookedRig(t, spec)
+				old := r.generation(0, 1, 2)
+				r.ctl.Flip(0)
+				var flows []*net.UDPConn
+				for range 10 {
+					flows = append(flows, dial(t, r.reach()))
+					send(t, flows[len(flows)-1], "hello")
+				}
+				working := r.generation(1, 2, 2)
+				r.ctl.Flip(1)
+				want(t, "packets before", len(mailbox(t, old)), 10)
+				for i, c := range working { // the first and the last that the kernel knows of the address
+					if err := misuse.do(fd(t, c)); !errors.Is(err, misuse.err) {
+						t.Fatalf("error %v, not %v", err, misuse.err)
+					}
+					if misuse.deaf && i == 1 {
+						break
+					}
+					for _, c := range flows {
+						send(t, c, "hello")
+					}
+					want(t, "packets of the old flows", len(mailbox(t, old)), 10)
+					for range 30 {
+						send(t, dial(t, r.reach()), "hello")
+					}
+					got := [2]int{len(mailbox(t, working[:1])), len(mailbox(t, working[1:]))}
+					if deaf := got[0] == 0; got[1] == 0 || deaf != misuse.deaf || !deaf && got[0]+got[1] != 30 {
+						t.Fatalf("the working generation's sockets got %v", got)
+					}
+				}
+				want(t, "counted", must(r.Counters())(t)[Guarded] > 0, misuse.guarded)
+				_ = r.bind().Close() // the next generation can come
+			})
+		}
+	}
+}
+
+// connect connects a socket to the discard port of its own host.
+func connect(fd int) error {
+	local, err := unix.Getsockname(fd)
+	if err != nil {
+		return err
+	}
+	switch to := local.(type) {
+	case *unix.SockaddrInet4:
+		to.Port = 9
+	case *unix.SockaddrInet6:
+		to.Port = 9
+	}
+	return unix.Connect(fd, local)
+}
+
+// No hook is asked when a socket gives up a connection, even one that it never
+// had; if it is bound to any address, the kernel takes it out of its group. That
+// can be seen, no more.
+func TestDisconnect(t *testing.T) {
+	for address, leaves := range map[string]bool{"127.0.0.1:5001": false, "0.0.0.0:5001": true, "[::1]:5001": false, "[::]:5001": true} {
+		t.Run(address, func(t *testing.T) {
+			r := newHookedRig(t, flowSpec(address))
+			c := r.generation(0, 1, 2)[0]
+			unspecified := [16]byte{}
+			_, _, errno := unix.Syscall(unix.SYS_CONNECT, uintptr(fd(t, c)), uintptr(unsafe.Pointer(&unspecified)), unsafe.Sizeof(unspecified))
+			want(t, "error of disconnect", errno, 0)
+			want(t, "slot is empty", must(r.Slots(0, 0))(t)[0] == 0, leaves)
+		})
+	}
+}
+
+// Servers that connect a socket for each client connect others than they were given.
+func TestOwnSocketsMayConnect(t *testing.T) {
+	r := newHookedRig(t, flowSpec("127.0.0.1:5001"))
+	r.generation(0, 1, 1)
+	own := r.bind()
+	defer own.Close()
+	check(t, connect(fd(t, own)))
+	want(t, "counted", must(r.Counters())(t)[Guarded], 0)
 }
 
 // setEUID changes the calling thread's effective uid only.

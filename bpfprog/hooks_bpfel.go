@@ -76,6 +76,8 @@ const (
 	hooksMapMeta          = "meta"
 	hooksMapSlots         = "slots"
 	hooksMapSockets       = "sockets"
+	hooksProgConnect4     = "connect4"
+	hooksProgConnect6     = "connect6"
 	hooksProgGetOption    = "get_option"
 	hooksProgSend4        = "send4"
 	hooksProgSend6        = "send6"
@@ -142,6 +144,8 @@ type hooksSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type hooksProgramSpecs struct {
+	Connect4  *ebpf.ProgramSpec `ebpf:"connect4"`
+	Connect6  *ebpf.ProgramSpec `ebpf:"connect6"`
 	GetOption *ebpf.ProgramSpec `ebpf:"get_option"`
 	Send4     *ebpf.ProgramSpec `ebpf:"send4"`
 	Send6     *ebpf.ProgramSpec `ebpf:"send6"`
@@ -254,6 +258,8 @@ type hooksVariables struct {
 //
 // It can be passed to loadHooksObjects or ebpf.CollectionSpec.LoadAndAssign.
 type hooksPrograms struct {
+	Connect4  *ebpf.Program `ebpf:"connect4"`
+	Connect6  *ebpf.Program `ebpf:"connect6"`
 	GetOption *ebpf.Program `ebpf:"get_option"`
 	Send4     *ebpf.Program `ebpf:"send4"`
 	Send6     *ebpf.Program `ebpf:"send6"`
@@ -262,6 +268,8 @@ type hooksPrograms struct {
 
 func (p *hooksPrograms) Close() error {
 	return _HooksClose(
+		p.Connect4,
+		p.Connect6,
 		p.GetOption,
 		p.Send4,
 		p.Send6,

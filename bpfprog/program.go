@@ -171,15 +171,21 @@ type hook struct {
 // hooks are those that the group needs.
 func (g *Group) hooks() []hook {
 	set := []hook{{"set_option", ebpf.AttachCGroupSetsockopt}}
-	if g.Spec.Network == "udp" {
-		set = append(set, hook{"get_option", ebpf.AttachCGroupGetsockopt})
+	if g.Spec.Network != "udp" {
+		return set
 	}
-	if d := g.Spec.Dissector; d.Kind == Flow && d.Assure == Reply {
-		v4 := g.Spec.Address.Addr().Is4()
-		if v4 || g.Spec.DualStack {
+	answers := g.Spec.Dissector.Kind == Flow && g.Spec.Dissector.Assure == Reply
+	set = append(set, hook{"get_option", ebpf.AttachCGroupGetsockopt})
+	v4 := g.Spec.Address.Addr().Is4()
+	if v4 || g.Spec.DualStack {
+		set = append(set, hook{"connect4", ebpf.AttachCGroupInet4Connect})
+		if answers {
 			set = append(set, hook{"send4", ebpf.AttachCGroupUDP4Sendmsg})
 		}
-		if !v4 {
+	}
+	if !v4 {
+		set = append(set, hook{"connect6", ebpf.AttachCGroupInet6Connect})
+		if answers {
 			set = append(set, hook{"send6", ebpf.AttachCGroupUDP6Sendmsg})
 		}
 	}

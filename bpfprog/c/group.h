@@ -39,7 +39,7 @@ enum grm_counter {
 	GRM_CBPF_ERROR,        /* the dissector read past the packet's end */
 	GRM_BAD_APP,           /* the dissector named an app that cannot exist */
 	GRM_APP_GONE,          /* an app without a service: its new flows went to app 0 */
-	GRM_GUARDED,           /* a server's attempt to replace the group's program */
+	GRM_GUARDED,           /* a server's attempt to replace the group's program, or to leave the group */
 	GRM_ABI_ERROR,         /* a socket option of ours that was refused */
 	GRM_COUNTERS,
 };

@@ -4,7 +4,8 @@
  * was created in the cgroup, so each first makes sure that it is the group's.
  *
  * - send4, send6: the server answers a flow.
- * - set_option: the guard of the group's program, and the socket-option ABI.
+ * - connect4, connect6, set_option: the guard of the group and its program.
+ * - set_option: the socket-option ABI.
  * - get_option: the socket-option ABI.
  *
  * Cgroup programs may be preempted: what they count is counted atomically.
@@ -145,6 +146,27 @@ int send6(struct bpf_sock_addr *ctx)
 	k.port = ctx->user_port;
 	answered(&k);
 	return 1;
+}
+
+/* A member may not connect; other sockets of the same address may, one for each client. */
+static __always_inline int may_connect(struct bpf_sock_addr *ctx)
+{
+	if (!ctx->sk || !is_ours(ctx->sk) || !bpf_sk_storage_get(&sockets, ctx->sk, NULL, 0))
+		return 1;
+	count_atomic(GRM_GUARDED);
+	return 0; /* EPERM */
+}
+
+SEC("cgroup/connect4")
+int connect4(struct bpf_sock_addr *ctx)
+{
+	return may_connect(ctx);
+}
+
+SEC("cgroup/connect6")
+int connect6(struct bpf_sock_addr *ctx)
+{
+	return may_connect(ctx);
 }
 
 /* Leaves an option to the kernel. Of a long one we only see the first page, and must say that we did not touch it. */
@@ -427,24 +449,53 @@ static __always_inline bool is_activation(void)
 	       !__builtin_memcmp(name, "grm:attach", sizeof("grm:attach"));
 }
 
+/*
+ * Any member of the group may replace the program of all. One that leaves the
+ * group but keeps the address (SO_REUSEPORT 0, a device, a connection that is
+ * given up again) even gets all packets, whoever's they are: the kernel finds
+ * it first, and asks no program.
+ */
+enum takeover {
+	TAKEOVER_NONE,
+	TAKEOVER_TOLD,    /* whoever tries is told that it worked: servers do this in good faith */
+	TAKEOVER_REFUSED,
+};
+
+static __always_inline enum takeover takeover(__s32 level, __s32 optname)
+{
+	if (level != SOL_SOCKET)
+		return TAKEOVER_NONE;
+	switch (optname) {
+	case SO_REUSEPORT:
+	case SO_ATTACH_REUSEPORT_CBPF:
+	case SO_ATTACH_REUSEPORT_EBPF:
+	case SO_DETACH_REUSEPORT_BPF:
+		return TAKEOVER_TOLD;
+	case SO_BINDTODEVICE:
+	case SO_BINDTOIFINDEX:
+		return TAKEOVER_REFUSED;
+	}
+	return TAKEOVER_NONE;
+}
+
 SEC("cgroup/setsockopt")
 int set_option(struct bpf_sockopt *ctx)
 {
-	bool program = ctx->level == SOL_SOCKET &&
-		       (ctx->optname == SO_ATTACH_REUSEPORT_CBPF || ctx->optname == SO_ATTACH_REUSEPORT_EBPF ||
-			ctx->optname == SO_DETACH_REUSEPORT_BPF);
+	enum takeover attempt = takeover(ctx->level, ctx->optname);
 	bool abi = ctx->level == IPPROTO_UDP && ctx->optname >= UDP_GRM_WORKING_GEN &&
 		   ctx->optname <= UDP_GRM_KEY && group_protocol == IPPROTO_UDP;
 	struct grm_socket *s;
 
-	if (likely(!program && !abi) || !ctx->sk || !is_ours(ctx->sk) || bpf_get_netns_cookie(ctx) != group_netns)
+	if (likely(!attempt && !abi) || !ctx->sk || !is_ours(ctx->sk) || bpf_get_netns_cookie(ctx) != group_netns)
 		return leave(ctx);
-	if (program) {
-		/* Any member of the group may replace the program of all. Whoever tries is told that it worked. */
+	if (attempt) {
 		if (is_activation())
 			return leave(ctx);
 		count_atomic(GRM_GUARDED);
-		return swallow(ctx);
+		if (attempt == TAKEOVER_TOLD)
+			return swallow(ctx);
+		bpf_set_retval(-EPERM);
+		return 0;
 	}
 	s = bpf_sk_storage_get(&sockets, ctx->sk, NULL, 0);
 	if (!s)
