@@ -100,6 +100,7 @@ func TestCookielessPacketsStayTogether(t *testing.T) {
 }
 
 func TestApps(t *testing.T) {
+	needRoot(t)
 	spec := cbpfSpec("127.0.0.1:5001", 4)
 	g := must(CreateGroup(spec))(t)
 	t.Cleanup(func() { check(t, g.Remove()); check(t, g.Close()) })
