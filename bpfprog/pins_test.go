@@ -225,7 +225,8 @@ func TestTwoNetworkNamespaces(t *testing.T) {
 	want(t, "packet here", ask(t, dial(t, r.Spec.Address)), "here")
 }
 
-// 10,000 generations pass through the other banks while one lives on.
+// 10,000 generations pass through the other banks while one lives on. Nothing
+// of them stays.
 func TestGenerationsNeverAlias(t *testing.T) {
 	r := newHookedRig(t, flowSpec("127.0.0.1:5001"))
 	serve(r.generation(0, 1, 1), "old")
@@ -236,6 +237,7 @@ func TestGenerationsNeverAlias(t *testing.T) {
 	}
 	var before *net.UDPConn
 	last := uint64(1 + testenv.Scale(10_000))
+	var first map[string]int
 	for generation := uint64(2); generation <= last; generation++ {
 		bank := 1 + int(generation)%2
 		r.ctl.Assign(bank, generation, control.Prepared)
@@ -246,8 +248,13 @@ func TestGenerationsNeverAlias(t *testing.T) {
 		if generation%1000 == 0 || generation == last {
 			serve([]*net.UDPConn{conn}, fmt.Sprint(generation))
 			want(t, "old flow", ask(t, c), "old")
-			want(t, "new flow", ask(t, dial(t, r.Spec.Address)), fmt.Sprint(generation))
+			fresh := dial(t, r.Spec.Address)
+			want(t, "new flow", ask(t, fresh), fmt.Sprint(generation))
+			check(t, fresh.Close())
 			want(t, "generation of the option", string(getUDP(t, conn, optSocketGen, 4)), string(u32(uint32(generation))))
+		}
+		if generation == min(last, 100) {
+			first = r.inventory()
 		}
 		if before != nil {
 			other := 3 - bank
@@ -257,6 +264,7 @@ func TestGenerationsNeverAlias(t *testing.T) {
 		}
 		before = conn
 	}
+	r.leaks(first)
 	check(t, before.Close())
 	want(t, "old flow", ask(t, c), "old")
 	want(t, "alive", r.ctl.AliveBanks(), 1|1<<r.ctl.Working())
