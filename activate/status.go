@@ -75,5 +75,10 @@ func badPin(err error) error {
 	if err = classify(err); err == nil || Status(err) != StatusFailure {
 		return err
 	}
+	for _, passes := range []error{unix.ENOMEM, unix.EMFILE, unix.ENFILE, unix.EINTR} {
+		if errors.Is(err, passes) {
+			return err // that is not the pin's fault
+		}
+	}
 	return withStatus(StatusUnsafe, fmt.Errorf("%w (stop the services that use it, then remove what is pinned for it below %s)", err, bpfprog.Root))
 }
