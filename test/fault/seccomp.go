@@ -12,10 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// calls are those that go wrong in real life, by number. Those of Go's own scheduler, timers and heap are not among them, nor close(2).
+// calls are those that go wrong in real life, by number. Those of Go's own scheduler, timers and heap are not among them, nor close(2),
+// nor fcntl(2), with which Go's library looks what kind of file it has.
 var calls = map[uint32]string{
 	unix.SYS_BPF: "bpf", unix.SYS_BIND: "bind", unix.SYS_CAPGET: "capget", unix.SYS_CONNECT: "connect", unix.SYS_EXECVE: "execve",
-	unix.SYS_FCHMOD: "fchmod", unix.SYS_FCHMODAT: "fchmodat", unix.SYS_FCHOWN: "fchown", unix.SYS_FCHOWNAT: "fchownat", unix.SYS_FCNTL: "fcntl",
+	unix.SYS_FCHMOD: "fchmod", unix.SYS_FCHMODAT: "fchmodat", unix.SYS_FCHOWN: "fchown", unix.SYS_FCHOWNAT: "fchownat",
 	unix.SYS_FLOCK: "flock", unix.SYS_FSTAT: "fstat", unix.SYS_FSYNC: "fsync", unix.SYS_FTRUNCATE: "ftruncate", unix.SYS_GETDENTS64: "getdents64",
 	unix.SYS_GETPEERNAME: "getpeername", unix.SYS_GETSOCKNAME: "getsockname", unix.SYS_GETSOCKOPT: "getsockopt", unix.SYS_IOCTL: "ioctl",
 	unix.SYS_LINKAT: "linkat", unix.SYS_LISTEN: "listen", unix.SYS_MKDIRAT: "mkdirat", unix.SYS_MMAP: "mmap", unix.SYS_MOUNT: "mount",
@@ -204,8 +205,6 @@ func (c *call) name() string {
 		return fmt.Sprintf("%s.%d", name, c.Args[0])
 	case unix.SYS_SETSOCKOPT, unix.SYS_GETSOCKOPT:
 		return fmt.Sprintf("%s.%d.%d", name, c.Args[1], c.Args[2])
-	case unix.SYS_FCNTL:
-		return fmt.Sprintf("%s.%d", name, c.Args[1])
 	}
 	return name
 }

@@ -198,8 +198,7 @@ func choose(log []string, n int, random *rand.Rand) []fault {
 		name, _, _ := strings.Cut(line, " ")
 		counts[name]++
 	}
-	delete(counts, "execve")  // of grm-activate itself: a missing program is another story
-	delete(counts, "fcntl.1") // Go's runtime looks at the standard files before anything else
+	delete(counts, "execve") // of grm-activate itself: a missing program is another story
 	names := slices.Sorted(maps.Keys(counts))
 	var all []fault
 	if n == 0 {
