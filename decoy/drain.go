@@ -158,6 +158,6 @@ func (k *keeper) leave(now time.Duration) {
 		return
 	}
 	k.emptyBy = 0
-	k.terminate(killDrained)
+	k.terminate(killAfter)
 	say("%s is drained: %s to pid %d", k, signalName(k.o.StopSignal), k.server.pid)
 }

@@ -76,7 +76,7 @@ func TestDiesInWatch(t *testing.T) {
 
 func TestReadyAndDeadAtOnce(t *testing.T) {
 	t.Parallel()
-	m, _, server1 := second(t, watched, "say=READY=1", "exit=3")
+	m, _, server1 := second(t, watched, "say=READY=1", "barrier", "exit=3")
 	m.hears("gen 2 failed")
 	m.until("gen 1 works", func() bool { return m.ctl.Working() == m.bank[1] })
 	if !alive(server1) || m.ctl.Alive(m.bank[2]) {
@@ -404,6 +404,22 @@ func TestDaemon(t *testing.T) {
 	r.expect(0)
 	if alive(daemon) {
 		t.Error("the daemon lives")
+	}
+}
+
+// It may be the main process that says that the daemon is ready, with its last
+// breath.
+func TestDaemonReadyByMain(t *testing.T) {
+	t.Parallel()
+	m := newManager(t, "daemon=report=daemon;forever", "wait=/", "say=READY=1", "exit=0").withControl()
+	for range 5 {
+		m.activate(1)
+		m.said = nil
+		r := m.start()
+		daemon, _ := m.report("daemon")
+		m.hears("READY=1")
+		m.until("the daemon is the server", func() bool { return m.bankOf(m.gen).Server == daemon })
+		r.leaves()
 	}
 }
 

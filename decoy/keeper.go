@@ -26,9 +26,9 @@ const (
 	handOverTime = 250 * time.Millisecond
 	// emptying bounds the wait for queues that another process fills.
 	emptying = 2 * time.Second
-	// When a server that ignores the stop signal is killed: one that was not
-	// ready, whose restart somebody waits for, and a drained one.
-	killFailed, killDrained = 10 * time.Second, 30 * time.Second
+	// killAfter is when a server that ignores the stop signal is killed: one
+	// that was not ready, or a drained one.
+	killAfter = 10 * time.Second
 	// clearingFor bounds the wait for processes that a server left behind.
 	clearingFor = 5 * time.Second
 )
@@ -68,6 +68,7 @@ type keeper struct {
 	probe   probe
 
 	phase      phase
+	saidReady  bool   // by a main process that had ended by then
 	aborted    bool   // told to end before the server was ready
 	selfDrain  bool   // the server said that it drains by itself
 	told       bool   // the drain signal was sent
@@ -279,7 +280,11 @@ func (k *keeper) waitReady(now time.Duration) {
 
 // ready is the flip, unless the server that said it has ended meanwhile.
 func (k *keeper) ready() {
-	if k.phase != starting || k.server.ended() || k.ctl.Closing() {
+	if k.phase != starting || k.ctl.Closing() {
+		return
+	}
+	if k.server.ended() {
+		k.saidReady = true // it may be a daemon that another process goes on for
 		return
 	}
 	now := control.Now()
@@ -371,7 +376,7 @@ func (k *keeper) fail(reason string) {
 		return
 	}
 	k.failure = reason
-	k.terminate(killFailed)
+	k.terminate(killAfter)
 }
 
 // stop ends the server as systemd would.
@@ -398,6 +403,10 @@ func (k *keeper) terminate(kill time.Duration) {
 
 // childEnded takes the status of whatever has ended.
 func (k *keeper) childEnded() error {
+	// First what they said: of a process that is gone nobody can tell whose it was.
+	if err := k.relay.receive(); err != nil {
+		return err
+	}
 	if k.adopted && k.server.pid != 0 && k.server.ended() {
 		k.serverEnded(0)
 	}
@@ -416,6 +425,9 @@ func (k *keeper) serverEnded(status int) {
 	k.loop.remove(k.server.pidfd)
 	k.server.close()
 	if status == 0 && k.phase <= serving && k.succeed() {
+		if k.saidReady {
+			k.ready()
+		}
 		return
 	}
 	if k.failure == "" && k.adopted {

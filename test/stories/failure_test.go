@@ -1,6 +1,7 @@
 package stories
 
 import (
+	"strconv"
 	"strings"
 	"testing"
 
@@ -115,7 +116,7 @@ func TestCrash(t *testing.T) {
 				s.must(victims(echo))
 				s.must(s.Wait("another server runs", func() (bool, error) {
 					procs, err := echo.Processes()
-					return len(procs.Servers) == 1 && procs.Decoy != nil && echo.instance() != killed, err
+					return len(procs.Servers) == 1 && procs.Decoy != nil && strconv.Itoa(procs.Servers[0].BoxPid) != killed, err
 				}))
 				next := echo.instance()
 				g.until("the next one answers all flows", func(r load.Result) bool { return r.Instances[next].Answers > 0 })
