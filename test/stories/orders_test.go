@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"grm/test/box"
+	"grm/test/load"
 )
 
 // systemctl asks systemd for something that has to work.
@@ -241,5 +242,35 @@ func TestStopInBackOff(t *testing.T) {
 	g.newFlowsAt(echo.instance(), 50)
 	g.end()
 	s.must(echo.Stop())
+	s.nothingLeft(echo)
+}
+
+// TestNoNewFlowsWhileStopping stops a server that takes its time: what it has it serves to the end, but no new flow.
+func TestNoNewFlowsWhileStopping(t *testing.T) {
+	s := newOdd(t)
+	echo := s.install("echo", append(quickly("1s"), has("deaf")...)...)
+	s.must(s.InstallUnits(map[string]string{echo.Unit + ".d/timeout.conf": "[Service]\nTimeoutStopSec=3\n"}))
+	echo.start()
+	g := echo.load()
+	server := echo.instance()
+	g.newFlowsAt(server, 250) // from here on flows begin all the time
+	echo.later("stop")
+	s.must(s.WaitProperty(echo.Unit, "SubState", "stop-sigterm"))
+	g.more(400) // whose answers were under way
+	before := g.Snapshot()
+	g.until("flows would have begun", func(r load.Result) bool { return r.Flows >= before.Flows+50 })
+	after := g.Snapshot()
+	if state, err := s.Property(echo.Unit, "SubState"); err != nil || state != "stop-sigterm" {
+		t.Logf("the server has ended already: %s, %v", state, err)
+	}
+	if n := after.Instances[server].Flows - before.Instances[server].Flows; n != 0 {
+		t.Errorf("%d of %d flows began at a server that is being stopped: %v", n, after.Flows-before.Flows, after)
+	}
+	if after.Instances[server].Answers == before.Instances[server].Answers {
+		t.Errorf("it does not serve the flows that it has any more: %v", after)
+	}
+	echo.settled("failed") // it had to be killed
+	g.stop()
+	s.systemctl("reset-failed", echo.Unit)
 	s.nothingLeft(echo)
 }
