@@ -23,7 +23,7 @@ const minMajor, minMinor = 6, 1
 var Capabilities = map[string]int{
 	"CAP_BPF": unix.CAP_BPF, "CAP_NET_ADMIN": unix.CAP_NET_ADMIN, "CAP_SYS_ADMIN": unix.CAP_SYS_ADMIN,
 	"CAP_CHOWN": unix.CAP_CHOWN, "CAP_KILL": unix.CAP_KILL, "CAP_SYS_PTRACE": unix.CAP_SYS_PTRACE,
-	"CAP_NET_BIND_SERVICE": unix.CAP_NET_BIND_SERVICE,
+	"CAP_DAC_READ_SEARCH": unix.CAP_DAC_READ_SEARCH, "CAP_NET_BIND_SERVICE": unix.CAP_NET_BIND_SERVICE,
 }
 
 // checkMachine says whether this kernel and this process can do what is to come.
