@@ -137,6 +137,30 @@ func TestCrash(t *testing.T) {
 	}
 }
 
+// TestCrashTwice kills the server again as soon as it is back, while an older instance drains: that one may take over, but what then is thrown
+// away of the queue has to be told.
+func TestCrashTwice(t *testing.T) {
+	s := newStory(t)
+	echo := s.install("echo", quickly("1s")...)
+	echo.start()
+	old := echo.load(forever)
+	echo.restart()
+	echo.statusHas("draining")
+	g := echo.load(forever)
+	for range 2 {
+		victim := echo.server()
+		g.Gone(echo.instance())
+		before := g.Snapshot()
+		s.must(victim.Kill(unix.SIGKILL))
+		g.until("another instance has taken over", func(r load.Result) bool { return r.TakenOver >= before.TakenOver+200 })
+	}
+	old.end() // these flows are the draining one's
+	r := g.stop()
+	if discarded := echo.discarded(); r.Lost < discarded || r.Lost > discarded+2 || r.Moved+r.Duplicated+r.Strange != 0 {
+		t.Errorf("2 servers were killed, %d datagrams discarded: %v", discarded, r)
+	}
+}
+
 func TestStop(t *testing.T) {
 	s := newStory(t)
 	echo := s.install("echo")
