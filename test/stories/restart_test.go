@@ -76,6 +76,7 @@ func TestLongFlowsStay(t *testing.T) {
 		echo.restart()
 		g.more(8000)
 	}
+	echo.statusHas("gen 4 serving since", "gen 1 draining, 200 flows, ")
 	if n := len(echo.processes().Servers); n < 2 {
 		t.Errorf("%d servers: the first one must live as long as its flows do", n)
 	}
