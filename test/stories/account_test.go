@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 
+	"grm/test/box"
 	"grm/test/install"
 	"grm/test/load"
 )
@@ -24,20 +25,39 @@ var buildTools = sync.OnceValue(func() error {
 // overflow is how many datagrams found a full queue in the box, ever.
 func (s *story) overflow() uint64 {
 	s.Helper()
+	n, err := strconv.ParseUint(s.udp()["RcvbufErrors"], 10, 64)
+	s.must(err)
+	return n
+}
+
+// udp is what the kernel has counted in the box's network.
+func (s *story) udp() map[string]string {
+	s.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/snmp", s.Pid()))
 	s.must(err)
 	var rows [][]string // the names, and the numbers
 	for line := range strings.Lines(string(text)) {
 		if fields := strings.Fields(line); len(fields) > 0 && fields[0] == "Udp:" {
-			rows = append(rows, fields)
+			rows = append(rows, fields[1:])
 		}
 	}
 	if len(rows) != 2 || len(rows[0]) != len(rows[1]) {
 		s.Fatalf("no counters of UDP in\n%s", text)
 	}
-	n, err := strconv.ParseUint(rows[1][slices.Index(rows[0], "RcvbufErrors")], 10, 64)
-	s.must(err)
-	return n
+	counters := map[string]string{}
+	for i, name := range rows[0] {
+		counters[name] = rows[1][i]
+	}
+	return counters
+}
+
+// counters logs who could know where a datagram went: the kernel's counters and the programs'.
+func (s *story) counters() {
+	s.Helper()
+	softnet, _ := os.ReadFile("/proc/net/softnet_stat") // the second column of it: what a CPU's queue had no room for
+	metrics, err := s.Exec(box.BinDir+"/grm", "metrics")
+	lines := slices.DeleteFunc(strings.Split(metrics, "\n"), func(line string) bool { return strings.HasPrefix(line, "#") || strings.HasSuffix(line, " 0") })
+	s.Logf("counters: UDP %v\nsoftnet\n%s%s (%v)", s.udp(), softnet, strings.Join(lines, "\n"), err)
 }
 
 // balanced fails the story unless each datagram of the box's only load is accounted for: it was answered, was taken by a server that was
@@ -46,6 +66,7 @@ func (v *service) balanced(r load.Result, killed uint64) {
 	v.s.Helper()
 	discarded, overflow := v.discarded(), v.s.overflow()
 	if least := discarded + overflow; r.Lost < least || r.Lost > least+killed || r.Moved+r.Duplicated+r.Strange != 0 {
+		v.s.counters()
 		v.s.Errorf("%d servers were killed, %d datagrams discarded, %d found a queue full: %v", killed, discarded, overflow, r)
 	}
 }

@@ -194,6 +194,7 @@ func (d *driver) end() load.Result {
 	d.s.Helper()
 	r := d.stop()
 	if err := r.Err(); err != nil {
+		d.s.counters()
 		d.s.Error(err)
 	}
 	return r
