@@ -32,24 +32,23 @@ func TestDecide(t *testing.T) {
 		facts    facts
 		operator control.Plan
 		system   control.Plan
-		repeated *control.Plan // systemd's again, when the sockets were tried again before
 	}{
-		"nothing":                                  {inOrder(), start, start, nil},
-		"restart":                                  {inOrder(serving), start, standIn(7), nil},
-		"two live":                                 {inOrder(serving, serving), start, standIn(7), nil},
-		"it said that it drains":                   {inOrder(draining), start, start, nil},
-		"its keeper was killed":                    {inOrder(orphan), start, start, nil},
-		"crash":                                    {inOrder(crashed), again(7), again(7), nil},
-		"crash while an older one drains":          {inOrder(crashed, draining), again(7), again(7), ptr(standIn(6))},
-		"crash while an orphan is there":           {inOrder(crashed, orphan), again(7), again(7), ptr(again(7))},
-		"crash in its watch":                       {inOrder(fresh, serving), start, standIn(6), nil},
-		"crash in its watch while one drains":      {inOrder(fresh, draining), again(7), again(7), ptr(standIn(6))},
-		"crash of both":                            {inOrder(fresh, crashed), again(7), again(7), nil},
-		"crash of the first one in its watch":      {inOrder(fresh), again(7), again(7), nil},
-		"crash, and its sockets are lost":          {inOrder(lost), start, start, nil},
-		"the same while an older one drains":       {inOrder(lost, draining), start, start, ptr(standIn(6))},
-		"lost in its watch":                        {inOrder(lostNew, serving), start, standIn(6), nil},
-		"lost in its watch, the older one crashed": {inOrder(lostNew, crashed), again(6), again(6), nil},
+		"nothing":                                  {inOrder(), start, start},
+		"restart":                                  {inOrder(serving), start, standIn(7)},
+		"two live":                                 {inOrder(serving, serving), start, standIn(7)},
+		"it said that it drains":                   {inOrder(draining), start, start},
+		"its keeper was killed":                    {inOrder(orphan), start, start},
+		"crash":                                    {inOrder(crashed), again(7), again(7)},
+		"crash while an older one drains":          {inOrder(crashed, draining), again(7), again(7)},
+		"crash while an orphan is there":           {inOrder(crashed, orphan), again(7), again(7)},
+		"crash in its watch":                       {inOrder(fresh, serving), start, standIn(6)},
+		"crash in its watch while one drains":      {inOrder(fresh, draining), again(7), again(7)},
+		"crash of both":                            {inOrder(fresh, crashed), again(7), again(7)},
+		"crash of the first one in its watch":      {inOrder(fresh), again(7), again(7)},
+		"crash, and its sockets are lost":          {inOrder(lost), start, start},
+		"the same while an older one drains":       {inOrder(lost, draining), start, start},
+		"lost in its watch":                        {inOrder(lostNew, serving), start, standIn(6)},
+		"lost in its watch, the older one crashed": {inOrder(lostNew, crashed), again(6), again(6)},
 	} {
 		if got := decide(c.facts); got != c.operator {
 			t.Errorf("%s, by an operator: %v, want %v", name, got, c.operator)
@@ -58,14 +57,8 @@ func TestDecide(t *testing.T) {
 		if got := decide(c.facts); got != c.system {
 			t.Errorf("%s, by systemd: %v, want %v", name, got, c.system)
 		}
-		c.facts.again = true
-		if got := decide(c.facts); c.repeated != nil && got != *c.repeated {
-			t.Errorf("%s, by systemd, repeatedly: %v, want %v", name, got, *c.repeated)
-		}
 	}
 }
-
-func ptr[T any](v T) *T { return &v }
 
 func TestBackOff(t *testing.T) {
 	for _, c := range []struct {
@@ -76,7 +69,7 @@ func TestBackOff(t *testing.T) {
 		{8, 0, 5 * time.Second}, {1 << 31, 0, 5 * time.Second}, {9, 8, 0}, {9, 9, 0}, {10, 8, 100 * time.Millisecond},
 		{0, 8, 0}, {1, 8, 0}, {2, 8, 100 * time.Millisecond},
 	} {
-		if got := backOff(c.n, c.good); got != c.want {
+		if got := backOff(failures(c.n, c.good)); got != c.want {
 			t.Errorf("restart %d, well until %d: %v, want %v", c.n, c.good, got, c.want)
 		}
 	}

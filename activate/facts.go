@@ -21,7 +21,6 @@ type facts struct {
 	automatic bool         // systemd restarts the unit on its own account
 	order     []int        // of the banks that root knows, newest first: the head takes new flows
 	banks     map[int]fact // of the banks that root knows
-	again     bool         // the last start was one on the sockets of a crashed server, and failed
 }
 
 // fact is what is true of one generation now.
@@ -133,9 +132,6 @@ func (r *run) gather(p processes) (facts, error) {
 			f.order = append(f.order, n)
 		}
 	}
-	if plan, failed := r.st.Plan, r.st.Failed; plan != nil && failed != nil {
-		f.again = plan.Verb == control.Again.String() && failed.Generation == plan.Generation
-	}
 	return f, nil
 }
 
@@ -167,8 +163,7 @@ func (r *run) full(b state.Bank) (bool, error) {
 // decide says what this start is.
 //
 //   - The working generation's server is dead, and its sockets are all there: the same ones again, with what waits in
-//     them. Not if it died in its watch while an older one serves: that one takes over; and not if the same sockets
-//     were tried already and an older one serves.
+//     them, however often it crashes. Not if it died in its watch while an older one serves: that one takes over.
 //   - systemd restarts the unit on its own account, and some generation is served: that one goes on. So a version that
 //     failed is not tried again, and a decoy that was killed costs nothing.
 //   - Else a new generation. An operator's start or restart always comes to that, or to the first case.
@@ -182,12 +177,11 @@ func decide(f facts) control.Plan {
 			}
 			break
 		}
-		older := slices.ContainsFunc(f.order[i+1:], func(m int) bool { return f.banks[m].lives() && (f.banks[m].serving || f.again) })
-		failed := b.watched || f.again
-		if b.full && !(failed && older) {
+		older := slices.ContainsFunc(f.order[i+1:], func(m int) bool { return f.banks[m].lives() && f.banks[m].serving })
+		if b.full && !(b.watched && older) {
 			return control.Plan{Verb: control.Again, Bank: n}
 		}
-		if !failed {
+		if !b.watched {
 			break
 		}
 	}

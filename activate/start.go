@@ -124,11 +124,12 @@ func (r *run) start(ctx context.Context) error {
 // nothing in a row. It does so in here, where a stop runs StopPost: in
 // systemd's own wait between two starts a stop runs none of our commands.
 func (r *run) backOff(ctx context.Context) error {
-	delay := backOff(r.unit.Restarts, r.st.Restarts)
+	failed := failures(r.unit.Restarts, r.st.Restarts)
+	delay := backOff(failed)
 	if delay == 0 {
 		return nil
 	}
-	r.log(notice, "start %d in a row: waiting %v", r.unit.Restarts-r.st.Restarts, delay)
+	r.log(notice, "start after %d that came to nothing in a row: waiting %v", failed, delay)
 	if err := r.store.Send(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d\nSTATUS=waiting %v before the next start", (delay + 30*time.Second).Microseconds(), delay)); err != nil {
 		return err
 	}
@@ -140,13 +141,17 @@ func (r *run) backOff(ctx context.Context) error {
 	}
 }
 
-// backOff is the wait before the n-th automatic restart, when all was well up
-// to restart number good: none before the first, then 0.1 s to 5 s.
-func backOff(n, good uint32) time.Duration {
+// failures is how many automatic starts came to nothing before automatic
+// restart n, if all was well up to restart number good.
+func failures(n, good uint32) int64 {
 	if good > n { // somebody has started the unit since: systemd counts from 0 again
 		good = 0
 	}
-	failures := int64(n) - int64(good) - 1
+	return max(0, int64(n)-int64(good)-1)
+}
+
+// backOff is the wait after so many failures: none, then 0.1 s to 5 s.
+func backOff(failures int64) time.Duration {
 	if failures < 1 {
 		return 0
 	}
