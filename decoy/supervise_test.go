@@ -105,7 +105,8 @@ func TestUrgentFromServer(t *testing.T) {
 func TestUrgentFromGrandchild(t *testing.T) {
 	t.Parallel()
 	m := newManager(t, "say=READY=1")
-	m.o.Command = []string{"/bin/sh", "-c", "(kill -URG $PPID; :); sleep 1000"}
+	// More than once: one that has ended before anybody looks cannot be told from a stranger.
+	m.o.Command = []string{"/bin/sh", "-c", "(for i in $(seq 100); do kill -URG $PPID; sleep 0.1; done) & sleep 1000"}
 	m.start().expect(0)
 }
 
