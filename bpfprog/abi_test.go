@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"grm/control"
+	"grm/internal/reuseport"
 )
 
 // The options at level IPPROTO_UDP, as c/hooks.bpf.c has them.
@@ -332,6 +333,7 @@ func TestTakeover(t *testing.T) {
 		{"SO_REUSEPORT 1", option(unix.SO_REUSEPORT, 1), nil, true, false},
 		{"device", func(fd int) error { return unix.BindToDevice(fd, "lo") }, unix.EPERM, true, false},
 		{"interface", option(unix.SO_BINDTOIFINDEX, 1), unix.EPERM, true, false},
+		{"no interface", reuseport.Leave, nil, false, true},
 		{"connect", connect, unix.EPERM, true, false},
 		{"shutdown", func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RDWR) }, unix.ENOTCONN, false, false},
 		{"filter", func(fd int) error {

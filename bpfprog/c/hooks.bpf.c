@@ -461,18 +461,24 @@ enum takeover {
 	TAKEOVER_REFUSED,
 };
 
-static __always_inline enum takeover takeover(__s32 level, __s32 optname)
+static __always_inline enum takeover takeover(struct bpf_sockopt *ctx)
 {
-	if (level != SOL_SOCKET)
+	__s32 *index = ctx->optval;
+
+	if (ctx->level != SOL_SOCKET)
 		return TAKEOVER_NONE;
-	switch (optname) {
+	switch (ctx->optname) {
 	case SO_REUSEPORT:
 	case SO_ATTACH_REUSEPORT_CBPF:
 	case SO_ATTACH_REUSEPORT_EBPF:
 	case SO_DETACH_REUSEPORT_BPF:
 		return TAKEOVER_TOLD;
-	case SO_BINDTODEVICE:
 	case SO_BINDTOIFINDEX:
+		/* Bound to no interface at all, it gets nothing: so a socket is retired before it is closed (internal/reuseport). */
+		if ((void *)(index + 1) <= ctx->optval_end && *index == NO_INTERFACE)
+			return TAKEOVER_NONE;
+		return TAKEOVER_REFUSED;
+	case SO_BINDTODEVICE:
 		return TAKEOVER_REFUSED;
 	}
 	return TAKEOVER_NONE;
@@ -481,7 +487,7 @@ static __always_inline enum takeover takeover(__s32 level, __s32 optname)
 SEC("cgroup/setsockopt")
 int set_option(struct bpf_sockopt *ctx)
 {
-	enum takeover attempt = takeover(ctx->level, ctx->optname);
+	enum takeover attempt = takeover(ctx);
 	bool abi = ctx->level == IPPROTO_UDP && ctx->optname >= UDP_GRM_WORKING_GEN &&
 		   ctx->optname <= UDP_GRM_KEY && group_protocol == IPPROTO_UDP;
 	struct grm_socket *s;
