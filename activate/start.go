@@ -18,6 +18,7 @@ import (
 	"grm/config"
 	"grm/control"
 	"grm/internal/proc"
+	"grm/internal/reuseport"
 	"grm/internal/state"
 )
 
@@ -111,7 +112,7 @@ func (r *run) start(ctx context.Context) error {
 		err = s.same(ctx)
 	}
 	if err != nil {
-		return errors.Join(err, r.undo())
+		return errors.Join(err, s.leaveSockets(), r.undo())
 	}
 	s.after()
 	if len(r.Command) > 0 {
@@ -200,7 +201,7 @@ func (s *start) fresh(ctx context.Context) error {
 		}
 	}
 	for i, l := range s.Listeners {
-		if err := s.step(ctx, "sockets of "+l.Name, func() error { return s.bind(i) }, func() error { s.closeSockets(); return nil }); err != nil {
+		if err := s.step(ctx, "sockets of "+l.Name, func() error { return s.bind(i) }, nil); err != nil {
 			return err
 		}
 	}
@@ -598,6 +599,16 @@ func (s *start) ours(inode uint64) bool {
 	})
 }
 
+// leaveSockets prepares sockets that nobody will read for being closed, here
+// and in the fd store: packets come meanwhile, and none is for them.
+func (s *start) leaveSockets() error {
+	var err error
+	for _, fd := range s.sockets {
+		err = errors.Join(err, reuseport.Leave(fd))
+	}
+	return err
+}
+
 func (s *start) closeSockets() {
 	for _, fd := range s.sockets {
 		_ = unix.Close(fd) // nothing was sent on it; systemd, if anybody, has its own copy
@@ -626,8 +637,8 @@ func (s *start) attachAgain(g *bpfprog.Group, l config.Listener) error {
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
-	return g.Attach(fd)
+	err = errors.Join(g.Attach(fd), reuseport.Leave(fd))
+	return errors.Join(err, unix.Close(fd))
 }
 
 func (s *start) attachHooks() error {

@@ -13,6 +13,7 @@ import (
 
 	"grm/control"
 	"grm/internal/proc"
+	"grm/internal/reuseport"
 )
 
 // keeperComm is what a keeper goes by in ps, and what decoys know one by.
@@ -73,6 +74,7 @@ type keeper struct {
 	selfDrain  bool   // the server said that it drains by itself
 	told       bool   // the drain signal was sent
 	signalled  bool   // the stop signal was sent
+	left       bool   // the sockets are in no group any more
 	failure    string // why the server is being ended
 	status     int    // what this process exits with
 	readyBy    timer  // the ready timeout, or when the delay is over
@@ -528,6 +530,16 @@ func (k *keeper) clear(now time.Duration) {
 	}
 	reap(func(int, syscall.WaitStatus) {})
 	if k.ctl != nil && k.ctl.Bank(k.bank).State == control.Ended {
+		if !k.left {
+			// Nothing is sent by them any more. What was being delivered meanwhile has its place in the next round.
+			k.left = true
+			for _, s := range k.sockets {
+				if err := reuseport.Leave(s.fd); err != nil {
+					say("%s: %v", k, err)
+				}
+			}
+			return
+		}
 		lost := 0
 		for _, s := range k.sockets {
 			lost += discard(s.fd)
