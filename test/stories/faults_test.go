@@ -325,10 +325,10 @@ func (v faulty) reason(f fault) {
 		want = "killed"
 	}
 	if st.Failed != nil && strings.Contains(st.Failed.Reason, "ExecStartPre=") && !f.kill {
-		// It could not even open the record to say more. The journal does.
+		// It could not even open the record to say more, or Go's runtime gave it up. The journal tells.
 		lines, err := v.s.Journal(v.Unit)
 		v.s.must(err)
-		if slices.ContainsFunc(lines[max(0, len(lines)-40):], func(line string) bool { return strings.Contains(line, want) }) {
+		if slices.ContainsFunc(lines[max(0, len(lines)-100):], func(line string) bool { return strings.Contains(line, want) || strings.HasPrefix(line, "goroutine ") }) {
 			return
 		}
 	}
