@@ -126,26 +126,12 @@ func inside(ctx context.Context, args []string) (err error) {
 	b := &bench{
 		room: room{cgroup: cgroup, port: 1024}, traffic: t, ctx: ctx, plots: *plots, short: *short,
 	}
-	if dir := os.Getenv("UDPGRM_DIR"); dir != "" {
-		daemon, cancel := context.WithCancel(ctx)
-		b.udpgrm, err = startUdpgrm(daemon, &b.room, dir)
-		if err != nil {
-			cancel()
-			return err
-		}
-		defer func() {
-			cancel()
-			_ = b.udpgrm.daemon.Wait() // it was told to end
-		}()
-	}
 	fmt.Printf("%s, %s, %d CPUs\n", strings.Join(append([]string{"bench"}, args...), " "), kernel(), runtime.NumCPU())
 	for _, s := range sections {
 		if !chosen.MatchString(s.name) {
 			continue
 		}
-		err := s.run(b)
-		b.flush()
-		if err != nil {
+		if err := b.do(s); err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
 		if ctx.Err() != nil {
@@ -153,6 +139,19 @@ func inside(ctx context.Context, args []string) (err error) {
 		}
 	}
 	return nil
+}
+
+// do runs one section, with an udpgrm of its own if there is one: its table is
+// that of all groups, and its daemon does not survive all sections.
+func (b *bench) do(s section) (err error) {
+	defer b.flush()
+	if dir := os.Getenv("UDPGRM_DIR"); dir != "" {
+		if b.udpgrm, err = startUdpgrm(b.ctx, &b.room, dir); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, b.udpgrm.stop()) }()
+	}
+	return s.run(b)
 }
 
 func kernel() string {

@@ -61,19 +61,27 @@ func since(programs []object, before runs) (float64, error) {
 	return float64(after.ns-before.ns) / float64(after.count-before.count), nil
 }
 
-// net is the median of what the probe cost beyond base in the same round; 0
-// for a program that it does not have.
-func net(probe, base []sample) sample {
-	rx, tx := make([]float64, len(probe)), make([]float64, len(probe))
-	for i := range probe {
-		if probe[i].rx != 0 {
-			rx[i] = probe[i].rx - base[i].rx
+// typical is which of the sorted rounds counts: the lower quartile, since all
+// that disturbs a round makes it longer.
+const typical = 0.25
+
+// net is what the probe typically cost beyond base; 0 for a program that it
+// does not have.
+func net(probe, base []sample) (n sample) {
+	of := func(samples []sample, field func(sample) float64) float64 {
+		values := make([]float64, len(samples))
+		for i, s := range samples {
+			values[i] = field(s)
 		}
-		if probe[i].tx != 0 {
-			tx[i] = probe[i].tx - base[i].tx
-		}
+		return quantile(values, typical)
 	}
-	return sample{median(rx), median(tx)}
+	if rx := of(probe, steering); rx != 0 {
+		n.rx = rx - of(base, steering)
+	}
+	if tx := of(probe, hook); tx != 0 {
+		n.tx = tx - of(base, hook)
+	}
+	return n
 }
 
 func gross(probe []sample) sample { return net(probe, make([]sample, len(probe))) }

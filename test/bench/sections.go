@@ -68,7 +68,7 @@ func (b *bench) programs() (err error) {
 	var g garage
 	defer g.empty(&err)
 	// First packets fill the tables, and so come when all else is measured.
-	var known, first run
+	var known, first set
 	strangers := b.newClients(hotFlows)
 	any := func(from []client) func() []client {
 		return func() []client { return b.some(from, roundSize) }
@@ -131,10 +131,10 @@ func (b *bench) programs() (err error) {
 	}
 
 	idle := gross(known.of(""))
-	b.title("Programs: ns per run beyond an empty program of the same type (steering %.0f ns, sendmsg %.0f ns); median of %d rounds of %d packets",
+	b.title("Programs: ns per run beyond an empty program of the same type (steering %.0f ns, sendmsg %.0f ns); lower quartile of %d rounds of %d packets",
 		idle.rx, idle.tx, b.rounds(), roundSize)
 	b.row("", "grm", "udpgrm", "grm/udpgrm", "target")
-	row := func(what string, r *run, label string, of func(sample) float64, target float64) {
+	row := func(what string, r *set, label string, of func(sample) float64, target float64) {
 		ours := of(net(r.of("grm"+label), r.of("")))
 		other, ratio, goal := "-", "-", "-"
 		if b.udpgrm != nil {
@@ -168,23 +168,23 @@ func (b *bench) programs() (err error) {
 	return nil
 }
 
-// run is a set of probes by name. All is net of the one without a name.
-type run struct {
+// set is probes by name. All is net of the one without a name.
+type set struct {
 	names   []string
 	probes  []probe
 	samples [][]sample
 }
 
-func (r *run) add(name string, p probe) {
+func (r *set) add(name string, p probe) {
 	r.names, r.probes = append(r.names, name), append(r.probes, p)
 }
 
-func (r *run) measure(rounds int) (err error) {
+func (r *set) measure(rounds int) (err error) {
 	r.samples, err = measure(rounds, r.probes)
 	return err
 }
 
-func (r *run) of(name string) []sample { return r.samples[slices.Index(r.names, name)] }
+func (r *set) of(name string) []sample { return r.samples[slices.Index(r.names, name)] }
 
 // endToEnd compares what is left of the difference in a whole exchange.
 func (b *bench) endToEnd() (err error) {
@@ -326,7 +326,7 @@ func (b *bench) run(c curve) error {
 		}
 	}
 	base := gross(samples[0])
-	b.title("%s: ns beyond an empty program (%.0f ns, sendmsg %.0f ns); median of %d rounds of %d packets", c.title, base.rx, base.tx, b.rounds(), roundSize)
+	b.title("%s: ns beyond an empty program (%.0f ns, sendmsg %.0f ns); lower quartile of %d rounds of %d packets", c.title, base.rx, base.tx, b.rounds(), roundSize)
 	head := []any{""}
 	for _, x := range xs {
 		head = append(head, compact(float64(x)))

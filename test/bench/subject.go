@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"time"
 	"unsafe"
 
@@ -257,6 +256,7 @@ type udpgrm struct {
 	*room
 	cgroup *os.File
 	daemon *exec.Cmd
+	log    *os.File
 	system
 }
 
@@ -275,8 +275,12 @@ func startUdpgrm(ctx context.Context, r *room, dir string) (*udpgrm, error) {
 	}
 	u := &udpgrm{room: r, cgroup: cgroup}
 	u.daemon = exec.CommandContext(ctx, filepath.Join(dir, "udpgrm"), "--daemon", "--install="+cgroup.Name())
-	var log strings.Builder
-	u.daemon.Stdout, u.daemon.Stderr = &log, &log
+	log, err := os.CreateTemp("", "grm-bench-udpgrm-")
+	if err != nil {
+		return nil, err
+	}
+	u.log = log
+	u.daemon.Stdout, u.daemon.Stderr = log, log
 	u.daemon.Cancel = func() error { return u.daemon.Process.Signal(unix.SIGTERM) }
 	u.daemon.WaitDelay = 5 * time.Second
 	if err := u.daemon.Start(); err != nil {
@@ -287,7 +291,7 @@ func startUdpgrm(ctx context.Context, r *room, dir string) (*udpgrm, error) {
 			break
 		}
 		if time.Now().After(deadline) {
-			return nil, fmt.Errorf("udpgrm: hooks did not come: %s", log.String())
+			return nil, u.complain(errors.New("its hooks did not come"))
 		}
 	}
 	own, err := filepath.Glob(fmt.Sprintf("/proc/%d/fdinfo/*", u.daemon.Process.Pid))
@@ -313,6 +317,19 @@ func startUdpgrm(ctx context.Context, r *room, dir string) (*udpgrm, error) {
 		return nil, fmt.Errorf("udpgrm: found %d steering programs and %d sendmsg hooks, want one each", len(u.rx), len(u.tx))
 	}
 	return u, nil
+}
+
+// complain adds the end of what the daemon wrote to an error.
+func (u *udpgrm) complain(err error) error {
+	text, _ := os.ReadFile(u.log.Name()) // without it the error has to do
+	return fmt.Errorf("udpgrm: %w; its log ends with: %s", err, text[max(0, len(text)-400):])
+}
+
+// stop ends the daemon, which takes its pins along.
+func (u *udpgrm) stop() error {
+	err := u.daemon.Process.Signal(unix.SIGTERM)
+	_ = u.daemon.Wait() // it was told to end, how does not matter
+	return errors.Join(err, u.system.close(), u.log.Close(), os.Remove(u.log.Name()))
 }
 
 // installed asks a socket in the cgroup for udpgrm's options.
@@ -352,7 +369,7 @@ func (u *udpgrm) target(o options) (*target, error) {
 				if _, index, err := cookie(fd); err == nil && index != 1<<32-1 {
 					break
 				} else if time.Now().After(deadline) {
-					return fmt.Errorf("udpgrm did not register a socket: %w", err)
+					return u.complain(errors.Join(errors.New("a socket was not registered"), err))
 				}
 			}
 		}
