@@ -432,7 +432,7 @@ func dissector(o options) bpfprog.Dissector {
 		d.Kind, d.Program = bpfprog.CBPF, o.program()
 	}
 	if d.Kind != bpfprog.Noop {
-		d.Timeout, d.Flows = 124*time.Second, uint32(o.flows)
+		d.Timeout, d.Flows = time.Hour, uint32(o.flows) // nothing is to expire while a big table is filled
 	}
 	return d
 }
