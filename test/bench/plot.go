@@ -25,8 +25,8 @@ type point struct{ x, y float64 }
 var colours = []string{"#1b6ca8", "#d1495b", "#66a182", "#8d5a97", "#2e4057", "#edae49"}
 
 const (
-	width, height           = 720, 420
-	left, right, top, below = 64, 24, 64, 56
+	width, height           = 720, 448
+	left, right, top, below = 64, 24, 92, 56
 )
 
 // write renders the plot as SVG. Equal plots are rendered to equal bytes.
@@ -78,9 +78,10 @@ func (p plot) write(out io.Writer) error {
 			fmt.Fprintf(&b, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"3\" fill=\"%s\"/>\n", x, y, colour)
 		}
 		fmt.Fprintf(&b, "<path d=\"%s\" fill=\"none\" stroke=\"%s\" stroke-width=\"2\"/>\n", path.String(), colour)
-		x := float64(left + i*(width-left-right)/max(len(p.series), 4))
-		fmt.Fprintf(&b, "<path d=\"M%.1f %dh18\" stroke=\"%s\" stroke-width=\"2\"/>\n", x, top-10, colour)
-		text(x+23, top-6, "start", s.name)
+		// The legend: three names a row.
+		x, y := float64(left+i%3*(width-left-right)/3), float64(58+i/3*18)
+		fmt.Fprintf(&b, "<path d=\"M%.1f %.1fh18\" stroke=\"%s\" stroke-width=\"2\"/>\n", x, y-4, colour)
+		text(x+23, y, "start", s.name)
 	}
 	b.WriteString("</svg>\n")
 	_, err := io.WriteString(out, b.String())
