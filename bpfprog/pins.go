@@ -109,8 +109,11 @@ func lock(dir string) (unlock func(), err error) {
 	// Whoever had the lock before may have removed the directory.
 	ours, err := d.Stat()
 	named, err2 := os.Stat(dir)
-	if err := errors.Join(err, err2); err != nil || !os.SameFile(ours, named) {
-		return nil, errors.Join(fmt.Errorf("lock %s: removed meanwhile: %w", dir, fs.ErrNotExist), d.Close())
+	if err = errors.Join(err, err2); err == nil && !os.SameFile(ours, named) {
+		err = fs.ErrNotExist
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), d.Close())
 	}
 	return func() { _ = d.Close() }, nil // closing a directory releases the lock, and has nothing to lose
 }
