@@ -616,8 +616,13 @@ func (s *start) closeSockets() {
 	s.sockets = nil
 }
 
-// fill puts a listener's sockets into their slots.
+// fill puts a listener's sockets into their slots. What the group still says of
+// the bank is of a generation that root's record does not know, and that has
+// no sockets: openGroup has looked.
 func (s *start) fill(g *bpfprog.Group, l config.Listener, sockets []int) error {
+	if err := g.Clear(l.App, s.bank.Bank); err != nil {
+		return err
+	}
 	if err := g.SetBank(l.App, s.bank.Bank, s.bank.Generation, len(sockets)); err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"grm/bpfprog"
 	"grm/control"
 	"grm/internal/systemd"
 )
@@ -176,5 +177,37 @@ func TestDeathInTheWatch(t *testing.T) {
 	f.mustStart()
 	if plan := old.ctl.Plan(); plan != (control.Plan{Verb: control.StandIn, Bank: old.bank}) {
 		t.Fatalf("plan %v", plan)
+	}
+}
+
+// A bank whose generation was forgotten half, in root's record but not in the
+// group, is no obstacle: the next start would come upon it again and again.
+func TestForgottenBank(t *testing.T) {
+	f := newFixture(t, "echo", "udp://127.0.0.1:5201")
+	f.mustStart()
+	f.serve(0)
+	l := f.req.Listeners[0]
+	g, err := bpfprog.OpenGroup(string(l.Address.Proto), l.Address.AddrPort)
+	if err != nil {
+		t.Fatal(err)
+	}
+	known := f.state().Banks
+	for bank := range control.Banks {
+		if _, ok := known[bank]; ok {
+			continue
+		}
+		if err := g.SetBank(l.App, bank, uint64(1000+bank), 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := g.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f.stopPost("restart", "success", "exited", "0")
+	f.nextRun()
+	f.mustStart()
+	f.serve(0)
+	if where := f.arrives(l); where != "grm.echo.2.0" {
+		t.Errorf("after the flip a packet came to %q", where)
 	}
 }
