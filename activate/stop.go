@@ -356,7 +356,7 @@ func (p processes) descends(pid int, set map[int]bool) bool {
 
 // replaced says whether a generation that is dead has been, or is to be, replaced by an
 // older one: its keeper has taken it out of the order, or could not since it
-// died as well, within the watch.
+// died as well, within the watch and with an older one that is whole.
 func (r *run) replaced(p processes, b state.Bank) bool {
 	ctl := r.service.Control()
 	working := false
@@ -368,7 +368,7 @@ func (r *run) replaced(p processes, b state.Bank) bool {
 		word := ctl.Bank(n)
 		older, known := r.st.Banks[n]
 		if known && older.Generation < b.Generation && p.served(older, word) && p.kept(word) {
-			return !working || ctl.Bank(b.Bank).WatchUntil > control.Now()
+			return !working || word.State == control.Serving && ctl.Bank(b.Bank).WatchUntil > control.Now()
 		}
 	}
 	return false
