@@ -347,6 +347,7 @@ func TestTakeover(t *testing.T) {
 				spec := flowSpec(address)
 				spec.DualStack = address == "[::]:5001"
 				r := newHookedRig(t, spec)
+				w := newWire(t)
 				old := r.generation(0, 1, 2)
 				r.ctl.Flip(0)
 				var flows []*net.UDPConn
@@ -356,6 +357,7 @@ func TestTakeover(t *testing.T) {
 				}
 				working := r.generation(1, 2, 2)
 				r.ctl.Flip(1)
+				w.settle()
 				want(t, "packets before", len(mailbox(t, old)), 10)
 				for i, c := range working { // the first and the last that the kernel knows of the address
 					if err := misuse.do(fd(t, c)); !errors.Is(err, misuse.err) {
@@ -367,10 +369,12 @@ func TestTakeover(t *testing.T) {
 					for _, c := range flows {
 						send(t, c, "hello")
 					}
+					w.settle()
 					want(t, "packets of the old flows", len(mailbox(t, old)), 10)
 					for range 30 {
 						send(t, dial(t, r.reach()), "hello")
 					}
+					w.settle()
 					got := [2]int{len(mailbox(t, working[:1])), len(mailbox(t, working[1:]))}
 					if deaf := got[0] == 0; got[1] == 0 || deaf != misuse.deaf || !deaf && got[0]+got[1] != 30 {
 						t.Fatalf("the working generation's sockets got %v", got)
