@@ -69,10 +69,11 @@ const (
 // run is one call of Start, Stop or StopPost.
 type run struct {
 	Request
-	env   Env
-	unit  systemd.Unit // zero without systemd
-	known bool         // whether unit is what systemd said
-	going bool         // whether the whole system goes down
+	env       Env
+	unit      systemd.Unit // zero without systemd
+	known     bool         // whether unit is what systemd said
+	backedOff bool         // whether the wait before an automatic start is over
+	going     bool         // whether the whole system goes down
 
 	cgroup proc.Cgroup
 	store  *notify.Conn // nil, which does nothing: a command gets the sockets

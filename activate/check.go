@@ -40,7 +40,10 @@ func checkMachine() error {
 	if err := unix.Capget(&header, &data[0]); err != nil {
 		return fmt.Errorf("read own capabilities: %w", err)
 	}
-	return unfit(checkCapabilities(uint64(data[1].Effective)<<32 | uint64(data[0].Effective)))
+	if err := checkCapabilities(uint64(data[1].Effective)<<32 | uint64(data[0].Effective)); err != nil {
+		return unfit(err)
+	}
+	return unfit(bpfprog.Mount())
 }
 
 func checkKernel(release string) error {
@@ -79,9 +82,15 @@ func (r *run) checkUnit() error {
 	if len(r.Command) > 0 {
 		return nil
 	}
-	if r.store == nil {
-		return unfit(fmt.Errorf("no NOTIFY_SOCKET: there is no fd store to put the sockets into (start it from a unit with Type=notify and NotifyAccess=all, or add -- COMMAND)"))
+	if err := r.checkSettings(); err != nil || r.store != nil {
+		return err
 	}
+	return unfit(fmt.Errorf("no NOTIFY_SOCKET: there is no fd store to put the sockets into (start it from a unit with Type=notify and NotifyAccess=all, or add -- COMMAND)"))
+}
+
+// checkSettings looks at what systemd says of the unit. With NotifyAccess=main
+// systemd does not even give the command a NOTIFY_SOCKET.
+func (r *run) checkSettings() error {
 	if !r.known {
 		return nil
 	}

@@ -28,6 +28,12 @@ const endTimeout = 10 * time.Second
 // Start is ExecStartPre=, or with a command the whole of a start without an fd
 // store: then it does not return but for an error.
 func Start(ctx context.Context, req Request, env Env) (err error) {
+	var r *run
+	defer func() {
+		if err != nil && (r == nil || !r.backedOff) {
+			hesitate(ctx, req, env, r)
+		}
+	}()
 	if err := checkMachine(); err != nil {
 		return err
 	}
@@ -36,8 +42,7 @@ func Start(ctx context.Context, req Request, env Env) (err error) {
 			return err
 		}
 	}
-	r, err := begin(ctx, req, env)
-	if err != nil {
+	if r, err = begin(ctx, req, env); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.close()) }()
@@ -125,6 +130,7 @@ func (r *run) start(ctx context.Context) error {
 // nothing in a row. It does so in here, where a stop runs StopPost: in
 // systemd's own wait between two starts a stop runs none of our commands.
 func (r *run) backOff(ctx context.Context) error {
+	r.backedOff = true
 	failed := failures(r.unit.Restarts, r.st.Restarts)
 	delay := backOff(failed)
 	if delay == 0 {
@@ -139,6 +145,41 @@ func (r *run) backOff(ctx context.Context) error {
 		return fmt.Errorf("interrupted in the wait before the next start: %w", context.Cause(ctx))
 	case <-time.After(delay):
 		return nil
+	}
+}
+
+// Hesitate is the wait of a start that never came to be, as its command line
+// makes no sense.
+func Hesitate(ctx context.Context, req Request, env Env) { hesitate(ctx, req, env, nil) }
+
+// hesitate is the wait of a start that failed before backOff: of a unit that
+// cannot be started at all the next start is no better, and systemd would not
+// wait between the two. Who may not ask how many there were waits a second. r is
+// what is known of the start, or nil.
+func hesitate(ctx context.Context, req Request, env Env, r *run) {
+	if os.Getenv("INVOCATION_ID") == "" {
+		return // whoever started it sees what came of it
+	}
+	delay, good := time.Second, uint32(0)
+	if r == nil || !r.known {
+		r = &run{Request: req, env: env}
+		if cgroup, err := proc.Own(); err == nil {
+			r.cgroup = cgroup
+			_ = r.ask() // then it is not known
+		}
+	} else if r.st != nil {
+		good = r.st.Restarts
+	}
+	if r.known {
+		delay = backOff(failures(r.unit.Restarts, good))
+	}
+	if delay == 0 {
+		return
+	}
+	r.log(notice, "it cannot be started: waiting %v before the next attempt", delay)
+	select {
+	case <-ctx.Done():
+	case <-time.After(delay):
 	}
 }
 

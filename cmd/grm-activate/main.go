@@ -41,14 +41,15 @@ func status(err error) int {
 }
 
 func run(e env, args []string) error {
-	p, err := parse(args)
-	if err != nil {
-		return err
-	}
 	// A start that is told to end undoes what it has done so far.
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer cancel()
 	where := activate.Env{Log: e.stderr}
+	p, err := parse(args)
+	if err != nil {
+		activate.Hesitate(ctx, p.request, where)
+		return err
+	}
 	switch p.mode {
 	case help:
 		_, err := fmt.Fprint(e.stdout, usage)
@@ -59,6 +60,7 @@ func run(e env, args []string) error {
 		err = activate.StopPost(ctx, p.request, where)
 	default:
 		if err := readPrograms(p.request.Listeners); err != nil {
+			activate.Hesitate(ctx, p.request, where)
 			return err
 		}
 		err = activate.Start(ctx, p.request, where)
