@@ -119,6 +119,8 @@ func TestWrongInputs(t *testing.T) {
 			must(t, os.Remove(path(t, "groups", "udp-7f000001-5201", "meta")))
 			must(t, os.Symlink("../nowhere", path(t, "groups", "udp-7f000001-5201", "meta")))
 		}, StatusUnsafe, []string{"group udp://127.0.0.1:5201", "not all of them", "remove what is pinned for it"}},
+		"pins that were removed": {udp, true, func(t *testing.T, f *fixture) { must(t, os.RemoveAll(path(t))) },
+			StatusConflict, []string{"service echo: generation 1 lives, but nothing of it is pinned", "stop the service, and start it"}},
 		"pins that others can write": {udp, true, func(t *testing.T, f *fixture) { must(t, os.Chmod(path(t, "services"), 0o777)) },
 			StatusUnsafe, []string{"/services", "mode 0777", "chmod 0700"}},
 		"pins of somebody else": {udp, true, func(t *testing.T, f *fixture) { must(t, os.Chown(path(t), 1, 1)) },

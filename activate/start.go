@@ -101,6 +101,9 @@ func (r *run) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := r.checkPinned(p); err != nil {
+		return err
+	}
 	f, err := r.gather(p)
 	if err != nil {
 		return err
@@ -361,6 +364,20 @@ func (r *run) checkName() error {
 			if slices.ContainsFunc(cookies, func(cookie uint64) bool { return cookie != 0 }) {
 				return conflict(fmt.Errorf("service %s: %s runs under this name (choose another one, or stop that)", r.Service, cmp.Or(r.st.Unit, "something without a unit")))
 			}
+		}
+	}
+	return nil
+}
+
+// checkPinned refuses to begin anew beside instances whose pins are not to be
+// seen: another program on their address would take the flows that they have.
+func (r *run) checkPinned(p processes) error {
+	if r.service != nil {
+		return nil
+	}
+	for _, n := range sortedKeys(r.st.Banks) {
+		if b := r.st.Banks[n]; len(p.servers(b)) > 0 {
+			return conflict(fmt.Errorf("service %s: generation %d lives, but nothing of it is pinned in this network namespace: it runs in another one, or the pins were removed (then stop the service, and start it)", r.Service, b.Generation))
 		}
 	}
 	return nil

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -43,10 +44,60 @@ func Mount() error {
 	if isBPFFS() {
 		return nil
 	}
-	if err := unix.Mount("bpf", bpffs, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
-		return fmt.Errorf("mount bpffs at %s: %w (CAP_SYS_ADMIN is needed, or an administrator's mount -t bpf bpf %s)", bpffs, err, bpffs)
+	if err := mountBPFFS(); err != nil {
+		return fmt.Errorf("mount bpffs at %s: %w (have an administrator mount it before: mount -t bpf bpf %s)", bpffs, err, bpffs)
 	}
 	return nil
+}
+
+// mountBPFFS mounts it so that it stays. The mount namespace of a unit's command
+// ends with that command, whatever privileges it has: in a process that the
+// service manager has started it is mounted where that one sees it, and then here.
+func mountBPFFS() error {
+	const own, manager = "/proc/self/ns/mnt", "/proc/1/ns/mnt"
+	here, err1 := os.Readlink(own)
+	there, err2 := os.Readlink(manager)
+	if os.Getppid() != 1 || err1 != nil || err2 != nil || here == there {
+		return mountHere()
+	}
+	mounted := -1
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // for good: the thread ends with this goroutine
+		done <- func() error {
+			ns, err := os.Open(manager)
+			if err != nil {
+				return err
+			}
+			defer ns.Close()
+			if err := unix.Unshare(unix.CLONE_FS); err != nil {
+				return err
+			}
+			if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNS); err != nil {
+				return fmt.Errorf("enter the service manager's mount namespace: %w", err)
+			}
+			if isBPFFS() {
+				return errors.New("it is mounted, but hidden from this unit by its settings")
+			}
+			if err := mountHere(); err != nil {
+				return err
+			}
+			mounted, err = unix.OpenTree(unix.AT_FDCWD, bpffs, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+			return err
+		}()
+	}()
+	if err := <-done; err != nil {
+		return err
+	}
+	defer unix.Close(mounted)
+	if isBPFFS() { // it has come here by itself: what is shared depends on how the machine was booted
+		return nil
+	}
+	return unix.MoveMount(mounted, "", unix.AT_FDCWD, bpffs, unix.MOVE_MOUNT_F_EMPTY_PATH)
+}
+
+func mountHere() error {
+	return unix.Mount("bpf", bpffs, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700")
 }
 
 func isBPFFS() bool {

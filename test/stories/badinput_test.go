@@ -2,6 +2,8 @@ package stories
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"testing"
 
@@ -56,9 +58,9 @@ func unfit() []bad {
 				"(run it as root; in a unit write ExecStartPre=+/usr/lib/grm/grm-activate with the plus sign)"},
 		{"an old kernel", by("+/usr/bin/setarch --uname-2.6 " + activateEcho), nil, activate.StatusUnfit,
 			"kernel 2.6.%s is too old: grm needs Linux 6.1 (boot a newer kernel; grm doctor says what is missing)"},
-		{"bpffs that cannot be mounted", by(`+/usr/bin/unshare --mount /bin/sh -c "mkdir /run/hidden; mount --bind /sys/fs/cgroup /run/hidden; mount -t tmpfs tmpfs /sys/fs; ` +
+		{"bpffs that is hidden", by(`+/usr/bin/unshare --mount /bin/sh -c "mkdir /run/hidden; mount --bind /sys/fs/cgroup /run/hidden; mount -t tmpfs tmpfs /sys/fs; ` +
 			`mkdir /sys/fs/cgroup; mount --bind /run/hidden /sys/fs/cgroup; exec ` + activateEcho + `"`), shell("rmdir /run/hidden"), activate.StatusUnfit,
-			"mount bpffs at /sys/fs/bpf: no such file or directory (CAP_SYS_ADMIN is needed, or an administrator's mount -t bpf bpf /sys/fs/bpf)"},
+			"mount bpffs at /sys/fs/bpf: it is mounted, but hidden from this unit by its settings (have an administrator mount it before: mount -t bpf bpf /sys/fs/bpf)"},
 		{"a flag that there is not", by("+" + box.BinDir + "/grm-activate --counts=4 echo udp://0.0.0.0:5201"), nil, activate.StatusUsage,
 			"flag --counts is not known (see grm-activate --help)"},
 		{"not started by systemd", by("+/usr/bin/env -u NOTIFY_SOCKET " + activateEcho), nil, activate.StatusUnfit,
@@ -92,7 +94,10 @@ func (b bad) refused(v *service, lines []string) {
 // TestUnfit starts a service that cannot be started, for a reason after the other. Each gets one line that says what is wrong and what to do, and
 // its documented exit status; nothing is left of the attempt, and systemd does not try in a loop that fills the journal.
 func TestUnfit(t *testing.T) {
+	lacksChroot := by("+" + bounded(slices.Sorted(maps.Keys(activate.Capabilities))...) + " " + activateEcho)
 	rows := append(unfit(),
+		bad{"bpffs that cannot be mounted", func(v *service) { shell("umount /sys/fs/bpf")(v); lacksChroot(v) }, shell("mount -t bpf -o mode=700 bpf /sys/fs/bpf"), activate.StatusUnfit,
+			"mount bpffs at /sys/fs/bpf: enter the service manager's mount namespace: operation not permitted (have an administrator mount it before: mount -t bpf bpf /sys/fs/bpf)"},
 		bad{"no fd store", dropIn("FileDescriptorStoreMax=0"), nil, activate.StatusUnfit,
 			"unit echo.service: FileDescriptorStoreMax= is not set (write FileDescriptorStoreMax=528)"},
 		bad{"neither", dropIn("NotifyAccess=main", "FileDescriptorStoreMax=0"), nil, activate.StatusUnfit,
@@ -118,12 +123,13 @@ func TestUnfit(t *testing.T) {
 		s.nothingLeft(echo)
 		s.untouched()
 	}
-	// bpffs that is not there is mounted.
+	// bpffs that is not there is mounted, and stays when the command that has done it ends.
 	shell("umount /sys/fs/bpf")(echo)
 	echo.start()
 	shell("test $(stat -f -c %t /sys/fs/bpf) = cafe4a11")(echo) // BPF_FS_MAGIC
 	g := echo.load()
-	g.more(1000)
+	echo.restart()
+	g.newFlowsAt(echo.instance(), 50)
 	g.end()
 	s.must(echo.Stop())
 	s.nothingLeft(echo)
@@ -176,7 +182,7 @@ func TestBadInput(t *testing.T) {
 		row.mended(echo.service)
 		echo.settled("active")
 		if now := echo.instance(); now != server {
-			t.Errorf("%s: the server is %s, not %s", row.name, now, server)
+			t.Fatalf("%s: the server is %s, not %s:\n%s", row.name, now, server, strings.Join(echo.journal()[seen:], "\n"))
 		}
 		echo.unchanged(row.name, before)
 	}
