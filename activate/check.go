@@ -157,13 +157,15 @@ func (r *run) owner() (uint32, string, error) {
 		return uint32(uid), name, nil
 	}
 	u, err := user.Lookup(name)
-	if err == nil {
+	switch {
+	case err == nil && u.Uid == "0" && name != "root":
+		// Where /etc/passwd cannot be read Go takes $USER, which is the unit's user, for the name of whoever runs this: root.
+		err = errors.New("it is not known as another one than root")
+	case err == nil:
 		uid, err := strconv.ParseUint(u.Uid, 10, 32)
 		return uint32(uid), name, err
-	}
-	// A DynamicUser= is in no file; systemd knows it since it forked us.
-	if r.known && name == r.unit.User && r.unit.UID != systemd.NoUID {
-		return r.unit.UID, name, nil
+	case errors.As(err, new(user.UnknownUserError)) && r.known && name == r.unit.User && r.unit.UID != systemd.NoUID && r.unit.UID != 0:
+		return r.unit.UID, name, nil // a DynamicUser= is in no file; systemd knows it since it forked us
 	}
 	return 0, "", unfit(fmt.Errorf("user %q: %w (create it, or change User=)", name, err))
 }
