@@ -321,8 +321,14 @@ func (v faulty) reason(f fault) {
 	v.s.Helper()
 	st := v.record()
 	want := f.errno().Error()
+	if st.Failed != nil && strings.HasPrefix(st.Failed.Reason, "user ") {
+		want = "not known as another one than root" // all that is to be had of Go's library
+	}
 	if f.kill {
 		want = "killed"
+	}
+	if f.call == "statfs" && !f.kill {
+		return // what has no file system to show counts as not mounted, and what comes of that is the reason
 	}
 	if st.Failed != nil && strings.Contains(st.Failed.Reason, "ExecStartPre=") && !f.kill {
 		// It could not even open the record to say more, or Go's runtime gave it up. The journal tells.
