@@ -85,20 +85,9 @@ const connectionsEvery = time.Second
 // and those of UDP servers that connect one for each flow. If a process does
 // not let itself be looked at, all on those ports count.
 func (k *keeper) connections() (int, error) {
-	pids, err := descendants(k.pid)
+	inodes, hidden, err := k.openSockets()
 	if err != nil {
 		return 0, err
-	}
-	if k.adopted {
-		pids = append(pids, k.server.pid)
-	}
-	hidden, inodes := false, map[uint64]bool{}
-	for _, pid := range pids {
-		its, err := proc.SocketInodes(pid)
-		hidden = hidden || err != nil
-		for _, inode := range its {
-			inodes[inode] = true
-		}
 	}
 	udp, tcp := map[uint16]bool{}, map[uint16]bool{}
 	for _, s := range k.sockets {

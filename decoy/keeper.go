@@ -81,6 +81,8 @@ type keeper struct {
 	emptyBy    timer
 	killAt     timer
 	connected  timer // when to count the server's connections again
+	lookAt     timer // when to look at the server's sockets again
+	given      []given
 	goneAt     timer // when to let the decoy go after STOPPING=1
 	statusSent string
 }
@@ -158,7 +160,7 @@ func (k *keeper) adopt(pid string) error {
 	if k.server, err = openMember(n, ""); err != nil {
 		return err
 	}
-	k.adopted, k.phase = true, serving
+	k.adopted, k.phase, k.lookAt = true, serving, after(lookEvery)
 	k.loop.add(k.server.pidfd, k.childEnded)
 	k.ctl.SetPids(k.bank, k.pid, n)
 	if k.ctl.Bank(k.bank).State == control.Draining {
@@ -252,6 +254,9 @@ func (k *keeper) step(now time.Duration) {
 		say("%s does not end on %s: killing it", k, signalName(k.o.StopSignal))
 		k.server.kill(unix.SIGKILL)
 	}
+	if k.phase == serving || k.phase == draining {
+		k.lookAtSockets(now)
+	}
 	switch k.phase {
 	case starting:
 		k.waitReady(now)
@@ -290,7 +295,7 @@ func (k *keeper) ready() {
 		return
 	}
 	now := control.Now()
-	k.phase, k.readyBy = serving, 0
+	k.phase, k.readyBy, k.lookAt = serving, 0, after(lookEvery)
 	k.probe.cancel()
 	watched := k.o.Watch
 	k.ctl.SetState(k.bank, control.Serving)

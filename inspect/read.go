@@ -73,7 +73,7 @@ func stateNames(root string) ([]string, error) {
 
 // service reads root's record of a service, and its control map if it is pinned here.
 func (r *reader) service(name string, pinned bool) *facts {
-	f := &facts{name: name, slots: map[string][control.Banks][]uint64{}, wall: r.report.Time, now: control.Now()}
+	f := &facts{name: name, slots: map[string][control.Banks][]uint64{}, inodes: map[string][control.Banks][]uint64{}, wall: r.report.Time, now: control.Now()}
 	f.process = func(pid int) *Process { return findProcess(pid, f.unit) }
 	if s, err := state.Read(state.Root, name); err == nil {
 		f.record(s)
@@ -93,6 +93,7 @@ func (r *reader) service(name string, pinned bool) *facts {
 		return f
 	}
 	f.control = readWords(s.Control())
+	f.open = f.openSockets()
 	if err := s.Close(); err != nil {
 		r.problem("service %s: %v", name, err)
 	}
@@ -114,6 +115,11 @@ func (f *facts) record(s *state.State) {
 		rec := recorded{number: b.Generation, bank: b.Bank, sockets: []Sockets{}}
 		for _, l := range b.Listeners {
 			rec.sockets = append(rec.sockets, Sockets{Listener: l.Name, Count: len(l.Inodes)})
+			if b.Bank >= 0 && b.Bank < control.Banks {
+				inodes := f.inodes[l.Name]
+				inodes[b.Bank] = l.Inodes
+				f.inodes[l.Name] = inodes
+			}
 			if slices.ContainsFunc(f.listeners, func(have Listener) bool { return have.Name == l.Name }) {
 				continue // a newer generation's
 			}
@@ -151,6 +157,38 @@ func findProcess(pid int, unit string) *Process {
 		p.Command = proc.Comm(pid)
 	}
 	return p
+}
+
+// openSockets are those that processes of the unit have open, but for the
+// keepers and decoys, which have all; nil if that cannot be said.
+func (f *facts) openSockets() map[uint64]bool {
+	i := slices.IndexFunc(f.control.banks[:], func(b control.Bank) bool { return Runs(b.Server, f.unit) })
+	if i < 0 {
+		return nil
+	}
+	// All servers of a unit are in its one cgroup.
+	cgroup, err := proc.Of(f.control.banks[i].Server)
+	if err != nil {
+		return nil
+	}
+	pids, err := cgroup.Pids()
+	if err != nil {
+		return nil
+	}
+	open := map[uint64]bool{}
+	for _, pid := range pids {
+		if comm := proc.Comm(pid); comm == "grm-keeper" || comm == "grm-decoy" {
+			continue
+		}
+		inodes, err := proc.SocketInodes(pid)
+		if err != nil {
+			return nil
+		}
+		for _, inode := range inodes {
+			open[inode] = true
+		}
+	}
+	return open
 }
 
 // groups reads all groups, and tells the services what is theirs in them.

@@ -8,6 +8,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"grm/control"
@@ -76,6 +77,7 @@ type Generation struct {
 	Sockets    []Sockets  `json:"sockets"`
 	Flows      int        `json:"flows"` // assured ones that live
 	Counters   Counters   `json:"counters"`
+	Problems   []string   `json:"problems,omitempty"` // what its server has done to its sockets
 }
 
 // Process is a server or a keeper.
@@ -138,6 +140,8 @@ type facts struct {
 
 	control *words // nil without root's rights
 	slots   map[string][control.Banks][]uint64
+	inodes  map[string][control.Banks][]uint64 // of the same sockets, as root has recorded them
+	open    map[uint64]bool                    // those that processes of the unit have, but for keepers and decoys; nil: unknown
 	flows   [control.Banks]int
 	process func(pid int) *Process
 	wall    time.Time
@@ -234,8 +238,41 @@ func (f facts) generation(b int) Generation {
 			}
 		}
 		g.Sockets = append(g.Sockets, Sockets{Listener: l.Name, Count: len(banks[b]), Live: live})
+		g.Problems = append(g.Problems, f.oddities(l.Name, b, g)...)
 	}
 	return g
+}
+
+// oddities are those of a bank's sockets that their server has, and that get
+// nothing, and those that get packets, and that the server does not have.
+func (f facts) oddities(listener string, b int, g Generation) (problems []string) {
+	if f.open == nil || g.Server == nil || !g.Server.Running || g.State == Prepared || len(f.inodes[listener][b]) != len(f.slots[listener][b]) {
+		return nil
+	}
+	var out, unread []int
+	for i, cookie := range f.slots[listener][b] {
+		switch open := f.open[f.inodes[listener][b][i]]; {
+		case cookie == 0 && open:
+			out = append(out, i)
+		case cookie != 0 && !open:
+			unread = append(unread, i)
+		}
+	}
+	if out != nil {
+		problems = append(problems, fmt.Sprintf("%s of %s: open, but no longer in the group: the server has taken it out", sockets(out), listener))
+	}
+	if unread != nil {
+		problems = append(problems, fmt.Sprintf("%s of %s: in the group, but no longer open: nobody reads what comes", sockets(unread), listener))
+	}
+	return problems
+}
+
+// sockets is a list in words.
+func sockets(indices []int) string {
+	if len(indices) == 1 {
+		return fmt.Sprintf("socket %d", indices[0])
+	}
+	return "sockets " + strings.Trim(strings.ReplaceAll(fmt.Sprint(indices), " ", ", "), "[]")
 }
 
 // state is what bank b's generation is up to.

@@ -2,6 +2,7 @@ package inspect
 
 import (
 	"encoding/json"
+	"fmt"
 	"testing"
 	"time"
 
@@ -58,6 +59,29 @@ func TestService(t *testing.T) {
 	}
 	if d := s.Generations[3].DrainLeft; time.Duration(d) != 30*time.Second {
 		t.Errorf("drain left %v", time.Duration(d))
+	}
+}
+
+func TestOddities(t *testing.T) {
+	f := aService()
+	f.process = func(pid int) *Process { return &Process{PID: pid, Running: true} }
+	var inodes [control.Banks][]uint64
+	inodes[2] = []uint64{1, 2, 3}
+	f.inodes = map[string][control.Banks][]uint64{"a": inodes}
+	for _, c := range []struct {
+		open map[uint64]bool
+		want string
+	}{
+		{nil, "[]"},
+		{map[uint64]bool{1: true, 3: true}, "[]"}, // the second one was closed
+		{map[uint64]bool{1: true, 2: true, 3: true}, "[socket 1 of a: open, but no longer in the group: the server has taken it out]"},
+		{map[uint64]bool{3: true}, "[socket 0 of a: in the group, but no longer open: nobody reads what comes]"},
+		{map[uint64]bool{}, "[sockets 0, 2 of a: in the group, but no longer open: nobody reads what comes]"},
+	} {
+		f.open = c.open
+		if got := fmt.Sprint(f.service().Generations[1].Problems); got != c.want {
+			t.Errorf("%v: %s, not %s", c.open, got, c.want)
+		}
 	}
 }
 

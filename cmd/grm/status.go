@@ -127,7 +127,15 @@ func writeService(e env, r inspect.Report, s inspect.Service) error {
 		t.row(fmt.Sprintf("  %d", g.Number), g.State, process(g.Server), process(g.Keeper), sockets(g), g.Flows,
 			g.Counters.Packets, g.Counters.NewFlows, ago(g.Counters.SincePacket), remaining(g))
 	}
-	return t.flush()
+	if err := t.flush(); err != nil {
+		return err
+	}
+	for _, g := range s.Generations {
+		for _, problem := range g.Problems {
+			fmt.Fprintf(e.stdout, "  generation %d: %s\n", g.Number, problem)
+		}
+	}
+	return nil
 }
 
 // summary is one line such as "echo.service, generation 7 serves since 12:03:11".

@@ -17,6 +17,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,6 +26,13 @@ import (
 var habits = map[string]string{
 	"forks":    "lets three workers answer, and does nothing else",
 	"closes":   "closes every descriptor that it was not given, and its second listener",
+	"few":      "closes all of its sockets but the first",
+	"shuts":    "shuts its first socket down",
+	"connects": "connects its first socket, or tries to",
+	"leaver":   "disconnects its first socket, which takes that out of the group",
+	"dups":     "duplicates its sockets, and closes the originals",
+	"filters":  "attaches a filter that lets nothing pass to its first socket",
+	"steals":   "tries whatever would make its first socket get all packets",
 	"daemon":   "goes on in another process, and ends",
 	"execs":    "executes itself again at SIGHUP",
 	"deaf":     "ignores SIGTERM",
@@ -101,6 +109,31 @@ func run(args []string) error {
 		}
 		sockets = sockets[:1]
 	}
+	if has("few") {
+		for _, s := range sockets[1:] {
+			if err := s.Close(); err != nil {
+				return err
+			}
+		}
+		sockets = sockets[:1]
+	}
+	if has("dups") {
+		for i, s := range sockets {
+			fd, err := unix.FcntlInt(s.Fd(), unix.F_DUPFD_CLOEXEC, 100)
+			if err != nil {
+				return err
+			}
+			if err := s.Close(); err != nil {
+				return err
+			}
+			sockets[i] = os.NewFile(uintptr(fd), "socket")
+		}
+	}
+	for habit, do := range misuses {
+		if has(habit) {
+			fmt.Fprintf(os.Stderr, "server: %s: %v\n", habit, do(int(sockets[0].Fd())))
+		}
+	}
 	if has("forger") {
 		// A child of a child, in a session of its own: nobody's child when it begins.
 		middle := exec.Command("/bin/sh", "-c", `/proc/$PPID/exe forge & :`)
@@ -147,6 +180,36 @@ func run(args []string) error {
 		idle()
 	}
 	return serve(sockets, name)
+}
+
+// misuses are what may be done to a socket, and what comes of it.
+var misuses = map[string]func(fd int) error{
+	"shuts":    func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RDWR) },
+	"connects": func(fd int) error { return unix.Connect(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: 9}) },
+	"leaver": func(fd int) error {
+		var unspecified [16]byte
+		_, _, errno := unix.Syscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&unspecified)), unsafe.Sizeof(unspecified))
+		if errno != 0 {
+			return errno
+		}
+		return nil
+	},
+	"filters": func(fd int) error {
+		return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, program())
+	},
+	"steals": func(fd int) error {
+		return errors.Join(
+			unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_CBPF, program()),
+			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DETACH_REUSEPORT_BPF, 0),
+			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 0),
+			unix.BindToDevice(fd, "lo"),
+		)
+	},
+}
+
+// program is a classic one that returns 0: all to the first socket, or nothing.
+func program() *unix.SockFprog {
+	return &unix.SockFprog{Len: 1, Filter: &unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K}}
 }
 
 // inherited are the sockets from the environment.
