@@ -18,10 +18,34 @@ import (
 const slow = 5
 
 func main() {
-	if err := report(os.Stdin, os.Stdout, os.Geteuid() == 0); err != nil {
-		fmt.Fprintln(os.Stderr, "testreport:", err)
-		os.Exit(1)
+	failed, err := report(os.Stdin, os.Stdout, os.Geteuid() == 0)
+	if err == nil {
+		return
 	}
+	fmt.Fprintln(os.Stderr, "testreport:", err)
+	if tests := alone(failed); len(os.Args) > 1 && len(tests) > 0 {
+		if err := os.WriteFile(os.Args[1], []byte(strings.Join(tests, "\n")+"\n"), 0o644); err != nil {
+			fmt.Fprintln(os.Stderr, "testreport:", err)
+		}
+	}
+	os.Exit(1)
+}
+
+// alone are those of what failed that are tests of their own, if they explain
+// all of it: a package fails with its tests.
+func alone(failed []string) []string {
+	var tests []string
+	for _, f := range failed {
+		pkg, test, isTest := strings.Cut(f, " ")
+		explained := slices.ContainsFunc(failed, func(other string) bool { return strings.HasPrefix(other, pkg+" Test") })
+		switch {
+		case !explained:
+			return nil
+		case isTest && !strings.Contains(test, "/"):
+			tests = append(tests, f)
+		}
+	}
+	return tests
 }
 
 // event is one line of go test -json (go doc test2json); what a build says
@@ -35,8 +59,9 @@ type event struct {
 	Output     string
 }
 
-// report copies the essence of in to out. The error says what has failed.
-func report(in io.Reader, out io.Writer, strict bool) error {
+// report copies the essence of in to out. It returns what has failed, and an
+// error if anything has.
+func report(in io.Reader, out io.Writer, strict bool) ([]string, error) {
 	said := map[string][]string{} // by package and test, what it has said so far
 	var failed, skipped []string
 	packages := 0
@@ -90,21 +115,22 @@ func report(in io.Reader, out io.Writer, strict bool) error {
 			break
 		}
 		if err != nil {
-			return err
+			return nil, err
 		}
 	}
 	switch {
 	case len(failed) > 0:
 		slices.Sort(failed)
-		return fmt.Errorf("failed: %s", strings.Join(slices.Compact(failed), ", "))
+		failed = slices.Compact(failed)
+		return failed, fmt.Errorf("failed: %s", strings.Join(failed, ", "))
 	case packages == 0:
-		return fmt.Errorf("no package was tested")
+		return nil, fmt.Errorf("no package was tested")
 	case strict && len(skipped) > 0:
-		return fmt.Errorf("skipped, although run as root: %s", strings.Join(skipped, ", "))
+		return nil, fmt.Errorf("skipped, although run as root: %s", strings.Join(skipped, ", "))
 	case len(skipped) > 0:
 		fmt.Fprintf(out, "skipped, as they need root: %d\n", len(skipped))
 	}
-	return nil
+	return nil, nil
 }
 
 // closing says whether line is what go test ends a package with.

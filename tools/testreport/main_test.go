@@ -1,6 +1,7 @@
 package main
 
 import (
+	"slices"
 	"strings"
 	"testing"
 )
@@ -34,7 +35,7 @@ func TestReport(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var out strings.Builder
-			err := report(strings.NewReader(c.in), &out, c.strict)
+			_, err := report(strings.NewReader(c.in), &out, c.strict)
 			if out.String() != c.out {
 				t.Errorf("told %q, want %q", out.String(), c.out)
 			}
@@ -42,6 +43,19 @@ func TestReport(t *testing.T) {
 				t.Errorf("error %q, want %q", got, c.err)
 			}
 		})
+	}
+}
+
+func TestAlone(t *testing.T) {
+	for _, c := range []struct{ failed, want []string }{
+		{[]string{"grm/x", "grm/x TestB", "grm/x TestB/part"}, []string{"grm/x TestB"}},
+		{[]string{"grm/x", "grm/x TestB", "grm/y"}, nil}, // y did not get as far as its tests
+		{[]string{"grm/x (does not build)"}, nil},
+		{nil, nil},
+	} {
+		if got := alone(c.failed); !slices.Equal(got, c.want) {
+			t.Errorf("%q: %q, want %q", c.failed, got, c.want)
+		}
 	}
 }
 
