@@ -56,7 +56,7 @@ test-stories: build
 
 # What the kernel decides, on Debian's kernels under qemu.
 test-kernels:
-	@$(GOTEST) -timeout 20m ./test/vm
+	@$(GOTEST) -timeout 40m ./test/vm
 
 # The long ones, not part of "make test".
 fuzz:
