@@ -144,6 +144,7 @@ func TestTrains(t *testing.T) {
 // is its own affair; each is a packet.
 func TestVethTrains(t *testing.T) {
 	needRoot(t)
+	needRoot(t)
 	for _, network := range []string{"10.66.0.", "fd66::"} {
 		t.Run(network, func(t *testing.T) {
 			spec := cbpfSpec(netip.AddrPortFrom(netip.MustParseAddr(network+"1"), 5001).String(), 1)
