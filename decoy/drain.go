@@ -6,7 +6,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"grm/control"
-	"grm/internal/flowtable"
 	"grm/internal/proc"
 )
 
@@ -63,8 +62,14 @@ func (k *keeper) quiet() bool {
 	if !longer(s.SincePacket, k.o.DrainGrace) {
 		return false
 	}
-	if !longer(s.SinceAssured, k.o.DrainIdle) && !k.flowless() {
-		return false
+	if !longer(s.SinceAssured, k.o.DrainIdle) {
+		// An operator does not want to wait for flows that have all timed out.
+		if !k.flows.take(tick) {
+			return false
+		}
+		if n, known := k.flows.of(k.bank); !known || n > 0 {
+			return false
+		}
 	}
 	now := control.Now()
 	if k.connected.due(now) || k.connected == 0 {
@@ -109,27 +114,6 @@ func (k *keeper) connections() (int, error) {
 	}
 	m, err := proc.Connected("tcp", tcp, wanted)
 	return n + m, err
-}
-
-// flowless says whether it is known that no assured flow lives.
-func (k *keeper) flowless() bool {
-	if len(k.flows) == 0 {
-		return false
-	}
-	n, known := countFlows(k.flows, k.bank)
-	return known && n == 0
-}
-
-// countFlows adds up the live flows of a bank in all tables.
-func countFlows(tables []int, bank int) (flows int, known bool) {
-	for _, fd := range tables {
-		perBank, err := flowtable.Count(fd)
-		if err != nil {
-			return 0, false
-		}
-		flows += perBank[bank]
-	}
-	return flows, len(tables) > 0
 }
 
 func (k *keeper) queued() bool {

@@ -61,7 +61,7 @@ type keeper struct {
 	generation uint64
 	again      bool // the bank was serving before: its sockets hold what came meanwhile
 	sockets    []socket
-	flows      []int
+	flows      census
 
 	server  process
 	adopted bool // the server is no child
@@ -129,7 +129,7 @@ func (k *keeper) begin() error {
 		}
 	}
 	for _, fd := range in.flows {
-		k.flows = append(k.flows, fd)
+		k.flows.tables = append(k.flows.tables, fd)
 	}
 	// Signals to the keeper itself mean nothing: they reach the server by way of
 	// the decoy, and those to a whole cgroup have reached it already.

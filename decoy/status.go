@@ -62,7 +62,7 @@ func (d *decoy) others(now time.Duration) []string {
 		}
 		banks = append(banks, i)
 		if b.State == control.Draining {
-			if n, known := countFlows(d.flows, i); known {
+			if n, known := d.flows.of(i); known {
 				flows[i] = fmt.Sprintf(", %d flows", n)
 			}
 		}

@@ -61,7 +61,7 @@ type decoy struct {
 	keeper     process // of that instance
 	child      bool    // it was started by this decoy
 	link       *link
-	flows      []int
+	flows      census
 
 	phase    speech
 	aborting bool // SIGTERM came before the server was ready
@@ -114,7 +114,7 @@ func (d *decoy) begin() error {
 	}
 	d.ctl.SetRequest(control.NoRequest) // what was told to the decoy before this one
 	for _, fd := range d.in.flows {
-		d.flows = append(d.flows, fd)
+		d.flows.tables = append(d.flows.tables, fd)
 	}
 	d.stored = map[uint64][]string{}
 	for generation, sockets := range d.in.sockets {
@@ -379,8 +379,21 @@ func (d *decoy) step(now time.Duration) {
 	d.nextLook = timer(now + look)
 	if d.ctl != nil {
 		d.look(now)
+		if d.phase == speaking && d.draining() {
+			d.flows.take(look)
+		}
 	}
 	d.show()
+}
+
+// draining says whether any instance drains.
+func (d *decoy) draining() bool {
+	for b := range control.Banks {
+		if d.ctl.Bank(b).State == control.Draining {
+			return true
+		}
+	}
+	return false
 }
 
 // look is at the control map.
