@@ -29,6 +29,7 @@ import (
 	"grm/internal/proc"
 	"grm/internal/state"
 	"grm/internal/systemd"
+	"grm/internal/testenv"
 )
 
 // manager is what systemd is to one unit: its fd store, and what it says of it.
@@ -414,6 +415,7 @@ func (f *fixture) arrives(l config.Listener) string {
 		f.t.Fatal(err)
 	}
 	defer unix.Close(fd)
+	defer testenv.OneCPU(f.t)()
 	clientPort++
 	if err := unix.Bind(fd, sockaddr(netip.AddrPortFrom(l.Address.Addr(), clientPort))); err != nil {
 		f.t.Fatal(err)
@@ -421,7 +423,7 @@ func (f *fixture) arrives(l config.Listener) string {
 	if err := unix.Sendto(fd, []byte("hello"), 0, sockaddr(l.Address.AddrPort)); err != nil {
 		f.t.Fatal(err)
 	}
-	// Over loopback it is queued, or dropped, by the time that sendto returns.
+	f.settle(fd)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	where := ""
@@ -435,6 +437,26 @@ func (f *fixture) arrives(l config.Listener) string {
 		}
 	}
 	return where
+}
+
+// settle waits until the kernel has dealt with all that this thread, which stays
+// on one CPU, has sent over loopback: a CPU takes what came first first, but a
+// busy one may leave it to a kernel thread.
+func (f *fixture) settle(fd int) {
+	f.t.Helper()
+	self, err := unix.Getsockname(fd)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 20}); err != nil {
+		f.t.Fatal(err)
+	}
+	if err := unix.Sendto(fd, []byte("done"), 0, self); err != nil {
+		f.t.Fatal(err)
+	}
+	if _, _, err := unix.Recvfrom(fd, make([]byte, 16), 0); err != nil {
+		f.t.Fatalf("a packet to its own sender has not come back: %v", err)
+	}
 }
 
 // snapshot is all that a start that fails must not change.

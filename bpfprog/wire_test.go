@@ -8,12 +8,13 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"runtime"
 	"strconv"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"grm/internal/testenv"
 )
 
 // wire puts packets onto the loopback interface as they are, whatever is wrong
@@ -27,20 +28,7 @@ type wire struct {
 // newWire opens a wire for the rest of the test, which has to stay on one CPU:
 // a CPU takes what came first first.
 func newWire(t *testing.T) *wire {
-	runtime.LockOSThread()
-	var all, one unix.CPUSet
-	check(t, unix.SchedGetaffinity(0, &all))
-	for cpu := range 1024 {
-		if all.IsSet(cpu) {
-			one.Set(cpu)
-			break
-		}
-	}
-	check(t, unix.SchedSetaffinity(0, &one))
-	t.Cleanup(func() {
-		check(t, unix.SchedSetaffinity(0, &all))
-		runtime.UnlockOSThread()
-	})
+	t.Cleanup(testenv.OneCPU(t))
 	for name, value := range map[string]string{"route_localnet": "1", "accept_local": "1", "rp_filter": "0"} {
 		for _, device := range []string{"all", "lo"} {
 			check(t, os.WriteFile("/proc/sys/net/ipv4/conf/"+device+"/"+name, []byte(value), 0))

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"runtime"
 	"strings"
 	"testing"
 	"unsafe"
@@ -163,26 +162,7 @@ type filteredPair struct {
 
 func newFilteredPair(t *testing.T) *filteredPair {
 	t.Helper()
-	runtime.LockOSThread()
-	var before, one unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &before); err != nil {
-		t.Fatal(err)
-	}
-	for cpu := range 1024 {
-		if before.IsSet(cpu) {
-			one.Set(cpu)
-			break
-		}
-	}
-	if err := unix.SchedSetaffinity(0, &one); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.SchedSetaffinity(0, &before); err != nil {
-			t.Error(err)
-		}
-		runtime.UnlockOSThread()
-	})
+	t.Cleanup(testenv.OneCPU(t))
 	p := &filteredPair{}
 	for _, fd := range []*int{&p.from, &p.to} {
 		*fd, p.address = mustUDP(t)
