@@ -337,6 +337,11 @@ func (s *start) publish() {
 	ctl := s.service.Control()
 	ctl.SetClosing(false)
 	ctl.SetRequest(control.NoRequest)
+	failed := control.Failed{}
+	if f := s.st.Failed; f != nil {
+		failed = control.Failed{Generation: f.Generation, At: f.At, Reason: f.Reason}
+	}
+	ctl.SetFailed(failed)
 	ctl.SetPlan(s.plan)
 	// Nobody waits for a server's word with Advance, nor in a first start without a decoy.
 	if s.plan.Verb == control.Start && (s.Advance || len(s.Command) > 0 && len(s.order) == 0) {

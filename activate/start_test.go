@@ -137,6 +137,9 @@ func TestStandIn(t *testing.T) {
 	if plan := old.ctl.Plan(); plan != (control.Plan{Verb: control.StandIn, Bank: old.bank}) {
 		t.Fatalf("plan %v", plan)
 	}
+	if told := old.ctl.Failed(); told.Generation != 2 || told.Reason != "exit status 1" {
+		t.Errorf("the decoy is told of %+v", told)
+	}
 	if where := f.arrives(f.req.Listeners[0]); where != "grm.echo.1.0" {
 		t.Errorf("a packet came to %q", where)
 	}

@@ -112,6 +112,14 @@ type header struct {
 	plan    uint32
 	_       [3]uint64
 	bank    [Banks]bank
+	failed  failed // behind what the programs know of
+}
+
+type failed struct {
+	generation uint64
+	at         int64 // s since 1970
+	length     uint32
+	reason     [236]byte
 }
 
 type line struct {
@@ -323,6 +331,30 @@ func (m *Map) Plan() Plan {
 // SetPlan leaves the decision for the decoy.
 func (m *Map) SetPlan(p Plan) {
 	atomic.StoreUint32(&m.header().plan, uint32(p.Verb)|uint32(p.Bank)<<8)
+}
+
+// Failed is the last start that came to nothing.
+type Failed struct {
+	Generation uint64 // 0: none
+	At         time.Time
+	Reason     string
+}
+
+// SetFailed leaves that for a decoy that stands in, before it is started. At is
+// kept to the second, and of a long reason the beginning.
+func (m *Map) SetFailed(f Failed) {
+	h := &m.header().failed
+	h.length = uint32(copy(h.reason[:], f.Reason))
+	h.generation, h.at = f.Generation, f.At.Unix()
+}
+
+// Failed is what ExecStartPre left. The reason may be any bytes.
+func (m *Map) Failed() Failed {
+	h := &m.header().failed
+	if h.generation == 0 {
+		return Failed{}
+	}
+	return Failed{h.generation, time.Unix(h.at, 0), string(h.reason[:min(int(h.length), len(h.reason))])}
 }
 
 // Naming says what number the socket options show for a bank's generation.

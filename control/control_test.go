@@ -3,6 +3,7 @@ package control
 import (
 	"bytes"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -73,6 +74,27 @@ func FuzzForgedOrder(f *testing.F) {
 			t.Fatalf("%#x has working bank %d", word, w)
 		}
 	})
+}
+
+func TestFailed(t *testing.T) {
+	m := newMap(1)
+	if f := m.Failed(); f != (Failed{}) {
+		t.Fatalf("in a new map: %+v", f)
+	}
+	for _, reason := range []string{"exit status 1", strings.Repeat("long", 100), ""} {
+		want := Failed{7, time.Unix(1_700_000_000, 0), reason[:min(len(reason), 236)]}
+		m.SetFailed(Failed{7, want.At.Add(time.Millisecond), reason})
+		if f := m.Failed(); f != want {
+			t.Fatalf("%+v, want %+v", f, want)
+		}
+	}
+	m.header().failed.length = 1 << 31 // the service's user
+	if n := len(m.Failed().Reason); n > 236 {
+		t.Fatalf("%d bytes", n)
+	}
+	if end := int(unsafe.Sizeof(header{})); end > statsOffset {
+		t.Fatalf("the header ends at %d", end)
+	}
 }
 
 func TestFlip(t *testing.T) {

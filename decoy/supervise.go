@@ -3,7 +3,6 @@ package decoy
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"slices"
 	"strconv"
@@ -14,7 +13,6 @@ import (
 
 	"grm/control"
 	"grm/internal/notify"
-	"grm/internal/state"
 )
 
 const (
@@ -286,14 +284,8 @@ func (d *decoy) standIn() error {
 	if err := d.speakFor(d.bank); err != nil {
 		return fmt.Errorf("stand in for gen %d: %w", d.generation, err)
 	}
-	if d.o.Name != "" {
-		s, err := state.Read(state.Root, d.o.Name)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			say("%v", err)
-		}
-		if err == nil && s.Failed != nil && s.Failed.Generation > d.generation {
-			d.failed = failure{s.Failed.Generation, s.Failed.Reason, s.Failed.At}
-		}
+	if f := d.ctl.Failed(); f.Generation > d.generation {
+		d.failed = failure{f.Generation, f.Reason, f.At}
 	}
 	d.ready()
 	return nil

@@ -56,6 +56,7 @@ struct grm_control {
 	__u32 plan;    /* user space only: what ExecStartPre decided */
 	__u64 spare[3];
 	struct grm_bank bank[GRM_BANKS];
+	/* behind the banks, up to GRM_STATS_OFFSET: user space's own */
 };
 
 /* One line per CPU and bank at GRM_STATS_OFFSET, index cpu * GRM_BANKS + bank. */

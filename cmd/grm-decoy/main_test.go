@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"io"
 	"reflect"
@@ -83,6 +84,10 @@ func TestBadFlags(t *testing.T) {
 		{"--ready delay x", "give --ready-delay"},
 		{"--ready-exec [1] x", "no JSON array of strings"},
 		{"--ready-exec [] x", "no command in it"},
+		{`--ready-exec ["a"]] x`, "neither a comma nor its end"},
+		{`--ready-exec ["a",] x`, "no string at"},
+		{`--ready-exec ['a'] x`, "no string at"},
+		{"--ready-exec [`a`] x", "no string at"},
 		{`--watch-probe [""] x`, "no command in it"},
 		{`--watch-probe ["a\u0000"] x`, "a NUL in it"},
 		{"--watch 10 x", "missing unit"},
@@ -113,6 +118,7 @@ func TestStatus(t *testing.T) {
 func FuzzParseCommand(f *testing.F) {
 	f.Add(`["a","b c"]`)
 	f.Add("a  b")
+	f.Add("[ \"\\u00e9\\n\" ,\t\"\\\"]\"\n]")
 	f.Add(" [")
 	f.Fuzz(func(t *testing.T, s string) {
 		words, err := parseCommand(s)
@@ -121,6 +127,20 @@ func FuzzParseCommand(f *testing.F) {
 		}
 		if len(words) == 0 || words[0] == "" || slices.ContainsFunc(words, func(w string) bool { return strings.ContainsRune(w, 0) }) {
 			t.Fatalf("%q became %q", s, words)
+		}
+		// What encoding/json writes comes back; it can write valid UTF-8 only.
+		for i := range words {
+			words[i] = strings.ToValidUTF8(words[i], "")
+		}
+		array, err := json.Marshal(words)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if words[0] == "" {
+			return
+		}
+		if again, err := parseCommand(string(array)); err != nil || !slices.Equal(again, words) {
+			t.Fatalf("%s became %q: %v", array, again, err)
 		}
 	})
 }
