@@ -144,7 +144,7 @@ func (s *start) checkRoom() error {
 		s.Unit, s.unit.StoreMax, s.unit.Stored, more, max(s.storeNeed(), int(s.unit.Stored)+more)))
 }
 
-// owner is the uid that the sockets are to have, and the user's name.
+// owner is the server's uid, and the user's name.
 func (r *run) owner() (uint32, string, error) {
 	name := r.User
 	if name == "" && r.known {

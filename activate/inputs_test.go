@@ -561,7 +561,25 @@ func TestSharedGroup(t *testing.T) {
 	f.serve(0)
 	other := *f
 	other.listen("other", address(1))
+	other.req.User = "daemon"
 	other.mustStart()
+	// The kernel takes one uid at an address, and these have two users.
+	owned := func(generation string, want uint32) {
+		t.Helper()
+		fds := f.fds(generation)
+		if len(fds) == 0 {
+			t.Errorf("no socket of %s", generation)
+		}
+		for _, fd := range fds {
+			var st unix.Stat_t
+			must(t, unix.Fstat(fd, &st))
+			if st.Uid != want {
+				t.Errorf("a socket of %s belongs to uid %d, not %d", generation, st.Uid, want)
+			}
+		}
+	}
+	owned("grm.echo.1.", 0)
+	owned("grm.other.1.", 0)
 	if names := strings.Join(f.names(), " "); !strings.Contains(names, "grm.echo.1.0") || !strings.Contains(names, "grm.other.1.0") {
 		t.Errorf("stored: %s", names)
 	}
@@ -575,6 +593,13 @@ func TestSharedGroup(t *testing.T) {
 	if err := third.start(); Status(err) != StatusConflict || !strings.Contains(err.Error(), "flows is 65536, not 2048") {
 		t.Errorf("a third one: status %d: %v", Status(err), err)
 	}
+	// A grm that knew one user only gave them to that one.
+	for _, fd := range append(f.fds("grm.echo."), f.fds("grm.other.")...) {
+		must(t, unix.Fchown(fd, 65534, -1))
+	}
+	f.nextRun()
+	f.mustStart()
+	owned("grm.echo.2.", 65534)
 	for n, which := range []*fixture{&other, f} {
 		which.setUnit(func(u *systemd.Unit) { u.Job = "stop" })
 		must(t, StopPost(context.Background(), which.req, which.env))

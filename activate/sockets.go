@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"grm/config"
+	"grm/internal/proc"
 )
 
 // openSocket makes one socket of a listener, bound and, with TCP, listening.
@@ -62,7 +63,7 @@ func prepare(fd, domain int, l config.Listener, uid uint32, warn func(string)) e
 			return err
 		}
 	}
-	// All sockets of a group must have the same uid, which is fixed by now: the server's, so that it may bind more.
+	// All sockets of a group must have the same uid when they are bound.
 	if err := unix.Fchown(fd, int(uid), -1); err != nil {
 		return fmt.Errorf("give socket of %s to uid %d: %w", l.Address, uid, err)
 	}
@@ -75,6 +76,20 @@ func prepare(fd, domain int, l config.Listener, uid uint32, warn func(string)) e
 		}
 	}
 	return nil
+}
+
+// socketsUID is whose a listener's sockets are to be: the server's, so that it
+// may bind more. Services that share an address have users of their own, while
+// the kernel wants the sockets of one address to be one user's: there they are
+// root's, or whose those are that live, from a grm that gave them to a user.
+func socketsUID(l config.Listener, server uint32) uint32 {
+	if l.MaxApps <= 1 {
+		return server
+	}
+	if uid, lives := proc.UID(string(l.Address.Proto), l.Address.AddrPort); lives {
+		return uid
+	}
+	return uint32(unix.Geteuid())
 }
 
 // setRcvBuf asks for the buffer, beyond rmem_max where it may. The kernel

@@ -209,7 +209,7 @@ type start struct {
 	facts
 	processes
 	plan    control.Plan
-	uid     uint32
+	uid     uint32 // the server's
 	user    string
 	before  state.State // to go back to
 	bank    state.Bank  // the new generation's
@@ -607,10 +607,11 @@ func (s *start) bind(i int) error {
 			return inUseBy(fmt.Errorf("bind %s: the address is in use by %s (end it, or choose another address)", l.Address, o))
 		}
 	}
+	uid := socketsUID(l, s.uid)
 	inodes := make([]uint64, int(l.Sockets))
 	warned := false
 	for index := range inodes {
-		fd, err := openSocket(l, s.uid, func(text string) {
+		fd, err := openSocket(l, uid, func(text string) {
 			if !warned {
 				s.log(warning, "%s", text)
 			}
@@ -701,7 +702,7 @@ func (s *start) fill(g *bpfprog.Group, l config.Listener, sockets []int) error {
 // in systemd's store: through one that is in the group for a moment, and in no slot.
 func (s *start) attachAgain(g *bpfprog.Group, l config.Listener) error {
 	l.RcvBuf, l.Freebind = 0, true
-	fd, err := openSocket(l, s.st.UID, func(string) {})
+	fd, err := openSocket(l, socketsUID(l, s.st.UID), func(string) {})
 	if err != nil {
 		return err
 	}

@@ -30,37 +30,52 @@ func (o Owner) String() string {
 // way of binding one to address ("udp" or "tcp"), but for those whose inode is
 // ours. It is for messages: it may walk over all processes.
 func Holder(network string, address netip.AddrPort, ours func(inode uint64) bool) (Owner, bool) {
-	return find(network, func(s socket) bool { return conflicts(network, s, address) && !ours(s.inode) })
+	return owner(network, func(s socket) bool { return conflicts(network, s, address) && !ours(s.inode) })
 }
 
 // Twin is Holder for sockets of exactly that address: those that would be in
 // one reuseport group with ours.
 func Twin(network string, address netip.AddrPort, ours func(inode uint64) bool) (Owner, bool) {
-	return find(network, func(s socket) bool {
-		return s.local == address && (network != "tcp" || s.state == tcpListen) && !ours(s.inode)
-	})
+	return owner(network, func(s socket) bool { return twins(network, s, address) && !ours(s.inode) })
 }
 
-func find(network string, match func(socket) bool) (Owner, bool) {
+// UID is whose the sockets of exactly that address are. In one reuseport group
+// all are the same user's.
+func UID(network string, address netip.AddrPort) (uid uint32, found bool) {
+	s, found := find(network, func(s socket) bool { return twins(network, s, address) })
+	return uint32(s.uid), found
+}
+
+func twins(network string, s socket, address netip.AddrPort) bool {
+	return s.local == address && (network != "tcp" || s.state == tcpListen)
+}
+
+// owner is the first socket that matches, with who has it open.
+func owner(network string, match func(socket) bool) (Owner, bool) {
+	s, found := find(network, match)
+	if !found {
+		return Owner{}, false
+	}
+	o := Owner{UID: s.uid, Pid: pidWithSocket(s.inode)}
+	if o.Pid != 0 {
+		o.Comm = Comm(o.Pid)
+	}
+	return o, true
+}
+
+func find(network string, match func(socket) bool) (socket, bool) {
 	for _, family := range []string{"", "6"} {
 		text, err := os.ReadFile("/proc/self/net/" + network + family)
 		if err != nil {
 			continue // no IPv6 here
 		}
 		for line := range bytes.Lines(text) {
-			s, ok := parseSocket(line)
-			if !ok || !match(s) {
-				continue
+			if s, ok := parseSocket(line); ok && match(s) {
+				return s, true
 			}
-			o := Owner{UID: s.uid}
-			o.Pid = pidWithSocket(s.inode)
-			if o.Pid != 0 {
-				o.Comm = Comm(o.Pid)
-			}
-			return o, true
 		}
 	}
-	return Owner{}, false
+	return socket{}, false
 }
 
 func pidWithSocket(inode uint64) int {

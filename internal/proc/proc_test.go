@@ -124,6 +124,9 @@ func TestHolder(t *testing.T) {
 			if o, found := Twin(network, addr, none); !found || o.Pid != os.Getpid() {
 				t.Errorf("twin of %s %s: %v, %v", network, addr, o, found)
 			}
+			if uid, found := UID(network, addr); !found || int(uid) != os.Getuid() {
+				t.Errorf("uid of %s %s: %d, %v", network, addr, uid, found)
+			}
 			if o, found := Twin(network, netip.AddrPortFrom(netip.IPv4Unspecified(), addr.Port()), none); found {
 				t.Errorf("twin of the wildcard: %v", o)
 			}
