@@ -148,6 +148,27 @@ func TestApps(t *testing.T) {
 	apps[1].ctl.SetOrder(nil)
 	ask("app that stopped", 0x80000001, "0.1")
 	want(t, "packets of app 1 are counted there", apps[1].ctl.Stats(1).Packets, 2)
+
+	// Of the flow table each app is shown its own flows, and of a bank those of the generation that has it.
+	flowsOf := func(app int) int {
+		n := 0
+		check(t, g.Flows(func(e FlowEntry) bool {
+			if e.App == app {
+				n++
+			}
+			return true
+		}))
+		return n
+	}
+	want(t, "flows of app 0", flowsOf(0) > 0, true)
+	want(t, "flows of app 1", flowsOf(1), 2)
+	check(t, g.Clear(1, 0))
+	want(t, "flows of app 1 without a generation of its own", flowsOf(1), 1)
+	apps[1].generation(0, 3, 1)
+	want(t, "flows of app 1's next generation in that bank", flowsOf(1), 1)
+	if _, ok := g.FlowsFD(); ok {
+		t.Error("a table with the flows of several services was to be handed out")
+	}
 	if err := g.Join(4, apps[0].service); err == nil {
 		t.Error("an app beyond max_apps joined")
 	}

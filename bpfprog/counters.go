@@ -41,7 +41,7 @@ var counterInfo = [counterCount]CounterInfo{
 	BadCookie:       {"bad_cookie", "packets with a cookie that names no live socket: new flows"},
 	CBPFError:       {"cbpf_error", "packets that the cbpf program read past the end of, or divided by 0 for: new flows"},
 	BadApp:          {"bad_app", "packets for an app beyond max_apps: app 0"},
-	AppGone:         {"app_gone", "new flows of an app without a service: app 0"},
+	AppGone:         {"app_gone", "packets for an app without a service: app 0"},
 	Guarded:         {"guarded", "attempts of a server to replace the group's program, or to leave the group with its address"},
 	ABIError:        {"abi_error", "socket options of grm that were refused"},
 }

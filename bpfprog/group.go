@@ -512,12 +512,16 @@ func (g *Group) FlowsFD() (int, bool) {
 // FlowEntry is one live flow.
 type FlowEntry = flowtable.Entry
 
-// Flows calls yield with each live flow until it returns false.
+// Flows calls yield with each live flow, of all apps, until it returns false.
 func (g *Group) Flows(yield func(FlowEntry) bool) error {
 	if g.flows == nil {
 		return nil
 	}
-	if err := flowtable.Each(g.flows.FD(), yield); err != nil {
+	current := func(e FlowEntry) bool {
+		// What the table itself says of banks is about app 0's.
+		return e.App == 0 || g.Generation(e.App, e.Bank) != 0 && g.record(e.App, e.Bank).tag() == uint32(e.Tag)
+	}
+	if err := flowtable.Each(g.flows.FD(), func(e FlowEntry) bool { return !current(e) || yield(e) }); err != nil {
 		return fmt.Errorf("flows of group %s: %w", g.Key(), err)
 	}
 	return nil

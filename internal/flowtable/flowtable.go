@@ -89,7 +89,8 @@ type Entry struct {
 	Idle            time.Duration // since the client's last packet, to about a second
 }
 
-// Count tells how many live assured flows each bank has.
+// Count tells how many live assured flows each bank has. It is for those who
+// have a table because no other app is in it; see FlowsFD in package bpfprog.
 func Count(fd int) (perBank [control.Banks]int, err error) {
 	err = walk(fd, func(h *Header, b *bucket, way int, now uint32) bool {
 		last := atomic.LoadUint32(&b.last[way])
