@@ -159,6 +159,11 @@ func scenes(t *testing.T, name string) env {
 		e.flows = func(func(inspect.Flow) bool) error {
 			return fmt.Errorf("only root can read the flow tables: %w", fs.ErrPermission)
 		}
+	case "shared":
+		r := busy
+		r.Services[0].Listeners[0].App = 1
+		r.Groups[0].Dissector, r.Groups[0].MaxApps, r.Groups[0].Counters = "cbpf", 2, map[string]uint64{"app_gone": 12}
+		e.report = func() (inspect.Report, error) { return r, nil }
 	case "empty":
 		e.report = func() (inspect.Report, error) {
 			return inspect.Report{Time: at, Complete: true, Services: []inspect.Service{}, Groups: []inspect.Group{}}, nil

@@ -110,6 +110,9 @@ func writeService(e env, r inspect.Report, s inspect.Service) error {
 			}
 			if g.MaxApps > 1 {
 				fmt.Fprintf(e.stdout, ", app %d of %d", l.App, g.MaxApps)
+				if n := g.Counters["app_gone"]; n > 0 {
+					fmt.Fprintf(e.stdout, "; app 0 got %d packets for apps without a service", n)
+				}
 			}
 		}
 		fmt.Fprintln(e.stdout)
