@@ -20,6 +20,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"grm"
 )
 
 // habits are what the server can do, by name.
@@ -45,6 +47,7 @@ var habits = map[string]string{
 	"leaves":   "says that it is ready and ends well",
 	"stops":    "stops itself before it is ready",
 	"mute":     "never says that it is ready",
+	"cookies":  "tells its first socket's cookie after its name (no bad habit: servers whose flows have one do)",
 }
 
 func main() {
@@ -128,6 +131,13 @@ func run(args []string) error {
 			}
 			sockets[i] = os.NewFile(uintptr(fd), "socket")
 		}
+	}
+	if has("cookies") {
+		cookie, err := grm.Cookie(sockets[0])
+		if err != nil {
+			return err
+		}
+		name = fmt.Sprintf("%s:%d", name, cookie)
 	}
 	for habit, do := range misuses {
 		if has(habit) {
