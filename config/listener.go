@@ -287,6 +287,8 @@ func (l *Listener) check(report func(key string, err error)) {
 	} else if l.App < 0 || l.App >= l.MaxApps {
 		report("app", problemf("apps are counted from 0; raise max_apps, equal for all services of the address, if there are more",
 			"app %d does not exist where max_apps is %d", l.App, l.MaxApps))
+	} else if l.MaxApps > 1 && l.Dissector != DissectorCBPF {
+		report("max_apps", problemf(`leave it out, or set dissector to "cbpf"`, "the dissector %s cannot tell apps apart", l.Dissector))
 	}
 	if l.Address.Proto == TCP && l.Dissector != DissectorNoop {
 		report("dissector", problemf(`leave it out: the kernel itself keeps a TCP connection with its socket`, "%s is for UDP, and this is TCP", l.Dissector))

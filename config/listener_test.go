@@ -104,6 +104,7 @@ func TestListenerErrors(t *testing.T) {
 		"udp://0.0.0.0:1?assure=always":                   {`assure: "always" is not a choice (use one of "reply", "packet", "explicit")`},
 		"udp://0.0.0.0:1?app=1":                           {"app: app 1 does not exist where max_apps is 1"},
 		"udp://0.0.0.0:1?max_apps=17":                     {"max_apps: 17 apps are out of range"},
+		"udp://0.0.0.0:1?max_apps=2":                      {`max_apps: the dissector flow cannot tell apps apart (leave it out, or set dissector to "cbpf")`},
 		"udp://0.0.0.0:1?dissector=cbpf":                  {"program: the dissector cbpf needs a program"},
 		"udp://0.0.0.0:1?program=/x":                      {"program: the dissector flow takes no program"},
 		"udp://0.0.0.0:1?program=x":                       {`program: "x" is not an absolute path`},
