@@ -29,7 +29,6 @@ import (
 
 	"grm/bpfprog"
 	"grm/config"
-	"grm/control"
 	"grm/internal/notify"
 	"grm/internal/proc"
 	"grm/internal/state"
@@ -225,6 +224,10 @@ func (r *run) load() error {
 		return classify(err)
 	}
 	r.st = st
+	return r.openPinned()
+}
+
+func (r *run) openPinned() (err error) {
 	if err := checkPins(); err != nil {
 		return err
 	}
@@ -361,7 +364,8 @@ func (r *run) drop(b state.Bank) error {
 		if e == nil {
 			e = g.Clear(l.App, b.Bank)
 		}
-		if e != nil && !errors.Is(e, fs.ErrNotExist) {
+		// One of another layout is emptied by its sockets, which are closed.
+		if e != nil && !errors.Is(e, fs.ErrNotExist) && !errors.Is(e, bpfprog.ErrLayout) {
 			err = errors.Join(err, fmt.Errorf("clear bank %d of %s: %w", b.Bank, l.Address, e))
 		}
 		for index := range max(len(b.Listeners[i].Inodes), l.Sockets.Of(0)) {
@@ -432,6 +436,9 @@ func (r *run) removeGroup(old state.Group) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
+	if errors.Is(err, bpfprog.ErrLayout) {
+		return bpfprog.RemoveEmptyGroup(string(l.Address.Proto), l.Address.AddrPort)
+	}
 	if err != nil {
 		return err
 	}
@@ -451,23 +458,9 @@ func inUse(g *bpfprog.Group, app int) (bool, error) {
 		if other == app {
 			continue
 		}
-		full, err := hasSockets(g, other)
+		full, err := g.HasSockets(other)
 		if err != nil || full {
 			return full, err
-		}
-	}
-	return false, nil
-}
-
-// hasSockets says whether an app has sockets in a group.
-func hasSockets(g *bpfprog.Group, app int) (bool, error) {
-	for bank := range control.Banks {
-		cookies, err := g.Slots(app, bank)
-		if err != nil {
-			return false, err
-		}
-		if slices.ContainsFunc(cookies, func(cookie uint64) bool { return cookie != 0 }) {
-			return true, nil
 		}
 	}
 	return false, nil

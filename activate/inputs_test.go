@@ -472,6 +472,38 @@ func TestCommand(t *testing.T) {
 	}
 }
 
+// A group of another layout that nobody has sockets in makes way.
+func TestRemnantOfAnotherLayout(t *testing.T) {
+	f := newFixture(t, "echo", "udp://127.0.0.1:5201")
+	f.mustStart()
+	must(t, os.RemoveAll(state.Root))
+	must(t, os.RemoveAll(path(t, "services")))
+	must(t, os.Rename(path(t, "groups", "udp-7f000001-5201", "sockets"), path(t, "groups", "udp-7f000001-5201", "meta")))
+	if err := f.start(); Status(err) != StatusConflict || !strings.Contains(err.Error(), "there are sockets in it") {
+		t.Errorf("while somebody has sockets: status %d: %v", Status(err), err)
+	}
+	f.drop(func(string) bool { return true })
+	f.mustStart()
+}
+
+// A command that cannot be executed has not been started: nothing is left of it.
+func TestCommandThatIsNone(t *testing.T) {
+	f := newFixture(t, "echo", "udp://127.0.0.1:5201?sockets=2&name=a", "tcp://127.0.0.1:5201?name=b")
+	garbage := filepath.Join(t.TempDir(), "garbage")
+	must(t, os.WriteFile(garbage, []byte("\x7fELF"), 0o755))
+	for _, command := range []string{"/nowhere", garbage} {
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = append(os.Environ(), commandVar+"="+command, notify.Env+"=")
+		out, err := cmd.CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "command "+command+": ") {
+			t.Errorf("%v: %s", err, out)
+		}
+		if left := f.snapshot(); left != "" {
+			t.Errorf("%s: left:\n%s", command, left)
+		}
+	}
+}
+
 func TestAdvanceAndNoRegister(t *testing.T) {
 	f := newFixture(t, "echo", "udp://127.0.0.1:5201")
 	f.req.Advance = true
@@ -530,9 +562,49 @@ func TestStopWithGarbage(t *testing.T) {
 	if !i.server.ended() || !i.keeper.ended() {
 		t.Error("processes outlive a stop")
 	}
-	if _, err := os.Stat("/run/grm/echo"); !os.IsNotExist(err) {
-		t.Errorf("the record outlives a stop: %v", err)
+	f.drop(func(string) bool { return true }) // as systemd does after a stop
+	if left := f.snapshot(); left != "" {
+		t.Errorf("left:\n%s", left)
 	}
+}
+
+// A record that somebody has removed is no reason to leave what it told of.
+func TestStopWithoutRecord(t *testing.T) {
+	f := newFixture(t, "echo", "udp://127.0.0.1:5201", "tcp://127.0.0.1:5201?name=b")
+	f.mustStart()
+	f.serve(0)
+	must(t, os.RemoveAll("/run/grm/echo"))
+	f.stopPost("stop", "success", "exited", "0")
+	f.drop(func(string) bool { return true }) // as systemd does after a stop
+	if left := f.snapshot(); left != "" {
+		t.Errorf("left:\n%s", left)
+	}
+}
+
+// Pins of another layout go with a stop, as the error of a start says: no later start could do anything about them.
+func TestStopWithAnotherLayout(t *testing.T) {
+	f := newFixture(t, "echo", "udp://127.0.0.1:5201")
+	f.mustStart()
+	i := f.serve(0)
+	group := func(pin string) string { return path(t, "groups", "udp-7f000001-5201", pin) }
+	must(t, os.Rename(group("counters"), path(t, "services", "echo", "control")))
+	must(t, os.Rename(group("sockets"), group("meta")))
+	f.nextRun()
+	if err := f.start(); Status(err) != StatusConflict || !strings.Contains(err.Error(), "stop the service, then start it") {
+		t.Errorf("status %d: %v", Status(err), err)
+	}
+	f.setUnit(func(u *systemd.Unit) { u.Job = "stop" })
+	if err := StopPost(context.Background(), f.req, f.env); Status(err) != StatusConflict || !strings.Contains(err.Error(), "layout") {
+		t.Errorf("status %d: %v", Status(err), err)
+	}
+	if !i.server.ended() || !i.keeper.ended() {
+		t.Error("processes outlive a stop")
+	}
+	if left := f.snapshot(); left != "" {
+		t.Errorf("left:\n%s", left)
+	}
+	f.nextRun()
+	f.mustStart()
 }
 
 // A server that hangs until its watchdog ends the unit is replaced on the same sockets.
@@ -656,6 +728,9 @@ func TestNameOfAnotherUnit(t *testing.T) {
 	f.req.Unit = "second.service"
 	if err := f.start(); Status(err) != StatusConflict || !strings.Contains(err.Error(), "service echo: echo.service runs under this name") {
 		t.Errorf("status %d: %v", Status(err), err)
+	}
+	if failed := f.state().Failed; failed != nil {
+		t.Errorf("it counts as a failure of the first one: %+v", failed)
 	}
 	f.stopPost("stop", "success", "exited", "0")
 	if d := differences(before, f.snapshot()); d != "" || i.server.ended() {

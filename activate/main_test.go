@@ -58,9 +58,12 @@ func hold(name string) {
 	os.Exit(0)
 }
 
-// become starts a script with the sockets of TestCommand.
+// become starts a command, or a script, with the sockets of TestCommand.
 func become(script string) {
 	req := Request{Service: "echo", User: "nobody", Command: []string{"/bin/sh", "-c", script}}
+	if strings.HasPrefix(script, "/") {
+		req.Command = []string{script}
+	}
 	for _, address := range []string{"udp://127.0.0.1:5201?sockets=2&name=a", "tcp://127.0.0.1:5201?name=b"} {
 		l, err := config.ParseListener(address, config.DefaultListener())
 		if err != nil {

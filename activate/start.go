@@ -124,7 +124,9 @@ func (r *run) start(ctx context.Context) error {
 	}
 	s.after()
 	if len(r.Command) > 0 {
-		return s.exec()
+		err = s.exec()
+		s.unpublish()
+		return errors.Join(err, s.leaveSockets(), r.undo())
 	}
 	return nil
 }
@@ -351,6 +353,14 @@ func (s *start) publish() {
 	}
 }
 
+// unpublish takes back what publish told of a new generation, whose command could not be executed.
+func (s *start) unpublish() {
+	if s.plan.Verb == control.Start {
+		s.service.Control().Withdraw(s.bank.Bank)
+		s.service.Control().Release(s.bank.Bank)
+	}
+}
+
 // checkName refuses the name of a service that another unit runs.
 func (r *run) checkName() error {
 	if len(r.st.Banks) == 0 || r.st.Unit == r.Unit || r.st.Plan == nil {
@@ -530,6 +540,11 @@ func (s *start) openGroup(l config.Listener) (*bpfprog.Group, error) {
 		return nil, err
 	}
 	g, err := s.group(l)
+	if errors.Is(err, bpfprog.ErrLayout) {
+		if err = bpfprog.RemoveEmptyGroup(string(l.Address.Proto), l.Address.AddrPort); err == nil {
+			err = fs.ErrNotExist
+		}
+	}
 	if err == nil {
 		if differs := g.Matches(spec); differs != nil {
 			g, err = nil, s.replaceGroup(g, l, differs)
@@ -550,7 +565,7 @@ func (s *start) openGroup(l config.Listener) (*bpfprog.Group, error) {
 		s.log(info, "%s: the program of this build replaces another one's, with the flows that are there", l.Address)
 	}
 	// Joining clears what the app has from a service of another epoch.
-	if others, err := hasSockets(g, l.App); err != nil {
+	if others, err := g.HasSockets(l.App); err != nil {
 		return nil, err
 	} else if others && !g.Joined(l.App, s.service) {
 		return nil, conflict(fmt.Errorf("%s: another service has sockets there as app %d (stop that one, or share the address: --apps-max, and another --app for each)", l.Address, l.App))
@@ -562,7 +577,7 @@ func (s *start) openGroup(l config.Listener) (*bpfprog.Group, error) {
 // the old one.
 func (s *start) replaceGroup(g *bpfprog.Group, l config.Listener, differs error) error {
 	for app := range max(g.Spec.MaxApps, 1) {
-		lives, err := hasSockets(g, app)
+		lives, err := g.HasSockets(app)
 		if err != nil {
 			return err
 		}
@@ -640,7 +655,7 @@ func (s *start) bind(i int) error {
 func (s *start) lives(l config.Listener) (bool, error) {
 	g := s.groups[l.Address]
 	for app := range max(g.Spec.MaxApps, 1) {
-		if lives, err := hasSockets(g, app); err != nil || lives {
+		if lives, err := g.HasSockets(app); err != nil || lives {
 			return lives, err
 		}
 	}
@@ -879,6 +894,9 @@ func (s *start) after() {
 // noteFailure leaves the reason for whoever stands in for the older instance.
 // A service of which nothing is known leaves nothing, not even its lock.
 func (r *run) noteFailure(err error) {
+	if r.st != nil && r.st.Plan != nil && r.st.Unit != r.Unit {
+		return // it is the record of another unit
+	}
 	if r.st == nil || len(r.st.Banks) == 0 {
 		if _, none := r.dir.Read(r.Service); errors.Is(none, fs.ErrNotExist) {
 			_ = r.lock.Remove() // an empty file: it does no harm

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"grm/bpfprog"
+	"grm/config"
 	"grm/control"
 	"grm/internal/proc"
 	"grm/internal/state"
@@ -74,10 +75,12 @@ func (r *run) stopPost(ctx context.Context) error {
 	}
 	final := r.ends() || r.known && r.unit.Job == "" && !restarts(r.unit.Restart, os.Getenv("SERVICE_RESULT"))
 	err := r.load()
-	if err != nil && final {
-		// Whatever is wrong with the record: a stop ends everything that can be found.
-		r.st = state.New(r.Service)
-		return errors.Join(err, r.end())
+	if r.st != nil && r.st.Plan != nil && r.st.Unit != r.Unit {
+		r.log(notice, "%s runs under this name: nothing to do for %s", cmp.Or(r.st.Unit, "something without a unit"), r.Unit)
+		return nil
+	}
+	if final && (err != nil || r.service != nil && len(r.st.Groups) == 0) {
+		return r.endUnknown(ctx, err)
 	}
 	if err == nil {
 		err = r.lockGroups(ctx)
@@ -85,14 +88,57 @@ func (r *run) stopPost(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if r.st.Plan != nil && r.st.Unit != r.Unit {
-		r.log(notice, "%s runs under this name: nothing to do for %s", cmp.Or(r.st.Unit, "something without a unit"), r.Unit)
-		return nil
-	}
 	if final {
 		return r.end()
 	}
 	return r.afterAttempt()
+}
+
+// endUnknown is end where the record is lost, or wrong is what is the matter
+// with it or with the pins: a stop ends everything that can be found.
+func (r *run) endUnknown(ctx context.Context, wrong error) (err error) {
+	other := errors.Is(wrong, bpfprog.ErrLayout)
+	switch {
+	case r.st == nil:
+		r.st = state.New(r.Service)
+		e := r.openPinned()
+		other, wrong = errors.Is(e, bpfprog.ErrLayout), errors.Join(wrong, e)
+	case wrong != nil && !other:
+		r.st = state.New(r.Service) // pins that cannot be believed are left alone
+	}
+	r.groupsLock, err = r.takeLock(ctx, "+groups") // any of them may be shared
+	err = errors.Join(wrong, err, r.findGroups(), r.end())
+	if other {
+		// Nobody is left who could go by it, and no later start could do anything about it.
+		err = errors.Join(err, bpfprog.RemoveService(r.Service))
+	}
+	return err
+}
+
+// findGroups records the groups that follow the service's control map.
+func (r *run) findGroups() error {
+	if r.service == nil {
+		return nil
+	}
+	keys, err := bpfprog.Groups()
+	for _, key := range keys {
+		l := config.Listener{Address: config.Address{Proto: config.Proto(key.Network), AddrPort: key.Address}}
+		g, e := r.group(l)
+		if errors.Is(e, fs.ErrNotExist) || errors.Is(e, bpfprog.ErrLayout) {
+			continue // whose it is cannot be known
+		}
+		if e != nil {
+			err = errors.Join(err, e)
+			continue
+		}
+		for app := range g.Spec.MaxApps {
+			of := state.Group{Address: l.Address.String(), App: app}
+			if g.Joined(app, r.service) && !slices.Contains(r.st.Groups, of) {
+				r.st.Groups = append(r.st.Groups, of)
+			}
+		}
+	}
+	return err
 }
 
 // restarts says whether systemd will start the unit again on its own account,

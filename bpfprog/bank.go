@@ -247,6 +247,20 @@ func (g *Group) Slots(app, bank int) ([]uint64, error) {
 	return cookies, nil
 }
 
+// HasSockets says whether an app has sockets in the group.
+func (g *Group) HasSockets(app int) (bool, error) {
+	for bank := range control.Banks {
+		cookies, err := g.Slots(app, bank)
+		if err != nil {
+			return false, err
+		}
+		if slices.ContainsFunc(cookies, func(cookie uint64) bool { return cookie != 0 }) {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
 // Clear forgets what a bank held and empties its slots. The sockets live on;
 // they just get nothing.
 func (g *Group) Clear(app, bank int) error {

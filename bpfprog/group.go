@@ -315,6 +315,40 @@ func (g *Group) Remove() error {
 	return nil
 }
 
+// RemoveEmptyGroup unpins a group that cannot be opened, as its layout is
+// another one, if no socket is in its slots.
+func RemoveEmptyGroup(network string, addr netip.AddrPort) error {
+	g := &Group{Spec: GroupSpec{Network: network, Address: addr}}
+	if err := g.removeEmpty(); err != nil {
+		return fmt.Errorf("remove group %s: %w", g.Key(), err)
+	}
+	return nil
+}
+
+func (g *Group) removeEmpty() (err error) {
+	name, err := g.Key().name()
+	if err != nil {
+		return err
+	}
+	dir, err := Dir()
+	if err != nil {
+		return err
+	}
+	g.dir = filepath.Join(dir, "groups", name)
+	if g.slots, err = g.loadMap("slots"); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, g.Close()) }()
+	for at := range g.slots.MaxEntries() {
+		if cookie, err := g.slot(at); err != nil {
+			return err
+		} else if cookie != 0 {
+			return fmt.Errorf("%w, and there are sockets in it (stop the services that have them)", ErrLayout)
+		}
+	}
+	return g.Remove()
+}
+
 // Matches is nil if the group is what spec asks for, else it says in words
 // what differs.
 func (g *Group) Matches(spec GroupSpec) error {

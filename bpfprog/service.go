@@ -143,11 +143,23 @@ func (s *Service) Close() error {
 
 // Remove unpins everything of the service. No socket that was created in its
 // cgroups may be alive any more: it would lose its hooks.
-func (s *Service) Remove() error {
-	if err := os.RemoveAll(s.dir); err != nil {
-		return fmt.Errorf("remove service %s: %w", s.Name, err)
+func (s *Service) Remove() error { return removeService(s.Name, s.dir) }
+
+// RemoveService is Service.Remove for one that cannot be opened, as its layout
+// is another one.
+func RemoveService(name string) error {
+	dir, err := Dir()
+	if err != nil {
+		return err
 	}
-	tidy(filepath.Dir(s.dir))
+	return removeService(name, filepath.Join(dir, "services", name))
+}
+
+func removeService(name, dir string) error {
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("remove service %s: %w", name, err)
+	}
+	tidy(filepath.Dir(dir))
 	return nil
 }
 

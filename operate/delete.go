@@ -93,9 +93,21 @@ func endByPids(s inspect.Service) error {
 		}
 	}
 	if len(pids) == 0 {
-		return nil
+		return bySockets(s)
 	}
 	return fmt.Errorf("delete %s: %w: %s, and not in a unit of systemd's (end them by hand)", s.Name, ErrLive, running(pids))
+}
+
+// bySockets is for a server that became grm-activate's command: no keeper has noted its pid.
+func bySockets(s inspect.Service) error {
+	for _, g := range s.Generations {
+		for _, l := range g.Sockets {
+			if l.Live > 0 {
+				return fmt.Errorf("delete %s: %w: generation %d has sockets open for %s (end its server)", s.Name, ErrLive, g.Number, l.Listener)
+			}
+		}
+	}
+	return nil
 }
 
 func running(pids []int) string {
@@ -189,6 +201,25 @@ func deleteService(found inspect.Service) (removed []string, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, lock.Remove()) }()
+	// Other services join and leave the groups that they share with this one.
+	shared, err := dir.Lock(ctx, "+groups")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, shared.Remove()) }()
+	r, err := inspect.Read()
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range r.Services {
+		if s.Name != found.Name {
+			continue
+		}
+		// It may have been started since: the lock is what a start has, or waits for.
+		if err := end(s, false); err != nil {
+			return nil, err
+		}
+	}
 	groups := map[string]int{} // the service's number in each
 	for _, l := range found.Listeners {
 		groups[l.Group] = l.App
@@ -197,10 +228,6 @@ func deleteService(found inspect.Service) (removed []string, err error) {
 		for _, g := range st.Groups {
 			groups[g.Address] = g.App
 		}
-	}
-	r, err := inspect.Read()
-	if err != nil {
-		return nil, err
 	}
 	for _, g := range r.Groups {
 		app, ok := groups[g.Name]
@@ -221,6 +248,10 @@ func deleteService(found inspect.Service) (removed []string, err error) {
 		if err := errors.Join(s.Remove(), s.Close()); err != nil {
 			return removed, err
 		}
+	case errors.Is(err, bpfprog.ErrLayout):
+		if err := bpfprog.RemoveService(found.Name); err != nil {
+			return removed, err
+		}
 	case !errors.Is(err, fs.ErrNotExist):
 		return removed, err
 	}
@@ -238,7 +269,11 @@ func leave(group inspect.Group, s inspect.Service, app int) (removed bool, err e
 		return false, err
 	}
 	defer func() { err = errors.Join(err, g.Close()) }()
-	if !slices.ContainsFunc(group.Services, func(other string) bool { return other != s.Name }) {
+	other, err := user(g, app)
+	if err != nil {
+		return false, err
+	}
+	if other < 0 && !slices.ContainsFunc(group.Services, func(other string) bool { return other != s.Name }) {
 		return true, g.Remove()
 	}
 	for _, generation := range s.Generations {
@@ -250,7 +285,7 @@ func leave(group inspect.Group, s inspect.Service, app int) (removed bool, err e
 }
 
 // deleteGroup removes a group that no service uses.
-func deleteGroup(name string) ([]string, error) {
+func deleteGroup(name string) (removed []string, err error) {
 	r, err := inspect.Read()
 	if err != nil {
 		return nil, err
@@ -267,8 +302,29 @@ func deleteGroup(name string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(g.Remove(), g.Close()); err != nil {
+	defer func() { err = errors.Join(err, g.Close()) }()
+	app, err := user(g, -1)
+	if err != nil {
+		return nil, err
+	}
+	if app >= 0 {
+		return nil, fmt.Errorf("delete group %s: %w: some service has sockets in it, as app %d (stop it)", name, ErrLive, app)
+	}
+	if err := g.Remove(); err != nil {
 		return nil, err
 	}
 	return []string{"group " + name}, nil
+}
+
+// user is an app, other than the given one, that has sockets in a group, whether or not a record tells of it; -1 if none has.
+func user(g *bpfprog.Group, except int) (int, error) {
+	for app := range g.Spec.MaxApps {
+		if app == except {
+			continue
+		}
+		if has, err := g.HasSockets(app); has || err != nil {
+			return app, err
+		}
+	}
+	return -1, nil
 }

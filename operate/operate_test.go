@@ -129,6 +129,7 @@ func newService(t *testing.T) *aService {
 func (a *aService) generation(bank int, number uint64) (end func()) {
 	a.Helper()
 	const sockets = 2
+	var open []net.PacketConn
 	b := state.Bank{Bank: bank, Generation: number, Created: time.Now(), Listeners: []state.Listener{{Name: "echo", Address: "udp://" + address}}}
 	check(a, a.g.SetBank(0, bank, number, sockets))
 	for i := range sockets {
@@ -138,7 +139,7 @@ func (a *aService) generation(bank int, number uint64) (end func()) {
 		}}
 		c, err := lc.ListenPacket(context.Background(), "udp4", address)
 		check(a, err)
-		a.Cleanup(func() { _ = c.Close() }) // nothing was written
+		open = append(open, c)
 		raw, err := c.(*net.UDPConn).SyscallConn()
 		check(a, err)
 		check(a, raw.Control(func(fd uintptr) {
@@ -152,7 +153,14 @@ func (a *aService) generation(bank int, number uint64) (end func()) {
 	a.st.Banks[bank], a.st.Generation = b, number
 	a.st.Groups = []state.Group{{Address: "udp://" + address}}
 	check(a, a.dir.Write(a.st))
-	pid, end := process(a.T)
+	pid, endProcess := process(a.T)
+	end = func() {
+		endProcess()
+		for _, c := range open {
+			_ = c.Close() // nothing was written; it may be a second time
+		}
+	}
+	a.Cleanup(end)
 	m := a.s.Control()
 	m.Assign(bank, number, control.Prepared)
 	m.SetPids(bank, 0, pid)
@@ -304,6 +312,76 @@ func TestDelete(t *testing.T) {
 		if _, err := Delete(name, true); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("delete %s: %v", name, err)
 		}
+	}
+}
+
+// A server that became grm-activate's command is named nowhere: only its sockets tell that it lives.
+func TestDeleteOfACommand(t *testing.T) {
+	a := newService(t)
+	end := a.generation(0, 1)
+	a.s.Control().SetPids(0, 0, 0)
+	if _, err := Delete("echo", false); !errors.Is(err, ErrLive) || !strings.Contains(err.Error(), "generation 1 has sockets open") {
+		t.Errorf("while it lives: %v", err)
+	}
+	end()
+	if removed, err := Delete("echo", false); err != nil || len(removed) != 2 {
+		t.Errorf("removed %q, %v", removed, err)
+	}
+}
+
+// What has been started while a delete waited for its turn lives.
+func TestDeleteBesideAStart(t *testing.T) {
+	a := newService(t)
+	end := a.generation(0, 1)
+	end()
+	lock, err := a.dir.Lock(context.Background(), "echo")
+	check(t, err)
+	done := make(chan error)
+	go func() {
+		_, err := Delete("echo", false)
+		done <- err
+	}()
+	for deadline := time.Now().Add(20 * time.Second); lockFiles(t) < 2; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the delete does not come to wait")
+		}
+	}
+	a.generation(1, 2)
+	check(t, lock.Unlock())
+	if err := <-done; !errors.Is(err, ErrLive) {
+		t.Errorf("it was deleted: %v", err)
+	}
+	a.report() // it is all there
+}
+
+// lockFiles is how often this process has the service's lock file open.
+func lockFiles(t *testing.T) (n int) {
+	fds, err := os.ReadDir("/proc/self/fd")
+	check(t, err)
+	for _, fd := range fds {
+		if link, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && link == state.Root+"/echo.lock" {
+			n++
+		}
+	}
+	return n
+}
+
+// A group whose sockets no record tells of is in use all the same, alone or by another service that shares it.
+func TestDeleteGroupWithoutRecord(t *testing.T) {
+	a := newService(t)
+	a.generation(0, 1)
+	check(t, os.RemoveAll(state.Root+"/echo"))
+	if _, err := Delete("udp://"+address, false); !errors.Is(err, ErrLive) || !strings.Contains(err.Error(), "sockets in it, as app 0") {
+		t.Errorf("while it lives: %v", err)
+	}
+	r, err := inspect.Read()
+	check(t, err)
+	if len(r.Groups) != 1 {
+		t.Fatalf("groups %+v", r.Groups)
+	}
+	removed, err := leave(r.Groups[0], inspect.Service{Name: "second"}, 1)
+	if err != nil || removed {
+		t.Errorf("another service's end removes the group: %v, %v", removed, err)
 	}
 }
 
