@@ -32,9 +32,14 @@ func (r *run) adopt() error {
 
 // findBanks records the generations that root has put into the groups, as it
 // noted there; which sockets they have is for findInodes.
-func (r *run) findBanks() (err error) {
+func (r *run) findBanks() error {
+	// Where its sockets were made nobody knows any more: it may be any of these.
+	cgroups, err := r.service.HookedCgroups()
+	if err != nil {
+		return err
+	}
 	for n := range control.Banks {
-		b := state.Bank{Bank: n}
+		b := state.Bank{Bank: n, Cgroups: cgroups}
 		for _, l := range r.Listeners {
 			cookies, err := r.slots(l, n)
 			if err != nil {

@@ -2,6 +2,7 @@ package activate
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -376,10 +377,17 @@ func TestLostRecord(t *testing.T) {
 	// The same after a crash.
 	must(t, os.RemoveAll(state.Root))
 	old.crash()
+	// In which cgroup its sockets were made is lost too: it may be one before this one.
+	hooks, err := filepath.Glob(path(t, "services", "echo", "hooks", "*"))
+	must(t, err)
+	must(t, os.Rename(hooks[0], path(t, "services", "echo", "hooks", "1")))
 	f.nextRun()
 	f.mustStart()
 	if plan := old.ctl.Plan(); plan != (control.Plan{Verb: control.Again, Bank: old.bank}) {
 		t.Errorf("plan %v", plan)
+	}
+	if hooks, err := filepath.Glob(path(t, "services", "echo", "hooks", "*")); err != nil || len(hooks) != 2 {
+		t.Errorf("hooks %q, %v", hooks, err)
 	}
 	f.nextRun()
 	f.setUnit(func(u *systemd.Unit) { u.Restarts = 0 })
@@ -756,6 +764,31 @@ func TestRemovedListener(t *testing.T) {
 	}
 	if keys, err := bpfprog.Groups(); err != nil || len(keys) != 1 {
 		t.Errorf("groups %v, %v", keys, err)
+	}
+	if strings.Contains(f.snapshot(), "-5202-") {
+		t.Errorf("its hooks are left, and with them its maps:\n%s", f.snapshot())
+	}
+}
+
+// A start that fails leaves nothing of a listener that it was the first to have.
+func TestFailureWithANewListener(t *testing.T) {
+	f := newFixture(t, "echo", "udp://127.0.0.1:5201?name=a")
+	f.mustStart()
+	f.serve(0)
+	f.nextRun()
+	before := f.snapshot()
+	f.listen("echo", "udp://127.0.0.1:5201?name=a", "udp://127.0.0.1:5202?name=b")
+	f.env.Fault = func(step string) error {
+		if step == "publish" {
+			return errors.New("it fails")
+		}
+		return nil
+	}
+	if err := f.start(); err == nil {
+		t.Fatal("it starts")
+	}
+	if d := differences(before, f.snapshot()); d != "" {
+		t.Errorf("changed:\n%s", d)
 	}
 }
 

@@ -604,7 +604,7 @@ func (s *start) createGroup(spec bpfprog.GroupSpec, l config.Listener) (*bpfprog
 	}
 	s.groups[l.Address] = g
 	s.undoList = append(s.undoList, undo{"group " + l.Address.String(), func() error {
-		return errors.Join(g.Remove(), s.forgetGroup(l.Address))
+		return errors.Join(g.Remove(), s.forgetGroup(l.Address), s.pruneHooks())
 	}})
 	return g, nil
 }
@@ -747,7 +747,8 @@ func (s *start) attachHooks() error {
 	return s.service.AttachHooks(dir, groups)
 }
 
-// pruneHooks takes the hooks off cgroups in which no socket of a generation was made.
+// pruneHooks takes the hooks off cgroups in which no socket of a generation was
+// made, and those of groups that are no more.
 func (r *run) pruneHooks() error {
 	used := map[uint64]bool{}
 	for _, b := range r.st.Banks {

@@ -256,22 +256,57 @@ func update(pin string, p *ebpf.Program) error {
 	return nil
 }
 
-// PruneHooks unpins the hooks on cgroups of which inUse says that nobody needs
-// them any more.
-func (s *Service) PruneHooks(inUse func(cgroupID uint64) bool) error {
-	root := filepath.Join(s.dir, "hooks")
-	names, err := entries(root)
+// HookedCgroups are the ids of the cgroups that have hooks of the service.
+func (s *Service) HookedCgroups() ([]uint64, error) {
+	names, err := entries(filepath.Join(s.dir, "hooks"))
 	if err != nil {
-		return fmt.Errorf("prune hooks of service %s: %w", s.Name, err)
+		return nil, fmt.Errorf("hooks of service %s: %w", s.Name, err)
 	}
+	var ids []uint64
 	for _, name := range names {
-		if id, e := strconv.ParseUint(name, 10, 64); e == nil && inUse(id) {
-			continue
+		if id, err := strconv.ParseUint(name, 10, 64); err == nil {
+			ids = append(ids, id)
 		}
-		err = errors.Join(err, os.RemoveAll(filepath.Join(root, name)))
 	}
-	if err != nil {
+	return ids, nil
+}
+
+// PruneHooks unpins the hooks on cgroups of which inUse says that nobody needs
+// them any more, and those of groups that were unpinned, which would keep the
+// groups' maps.
+func (s *Service) PruneHooks(inUse func(cgroupID uint64) bool) error {
+	if err := s.pruneHooks(inUse); err != nil {
 		return fmt.Errorf("prune hooks of service %s: %w", s.Name, err)
 	}
 	return nil
+}
+
+func (s *Service) pruneHooks(inUse func(cgroupID uint64) bool) error {
+	root := filepath.Join(s.dir, "hooks")
+	names, err := entries(root)
+	for _, name := range names {
+		dir := filepath.Join(root, name)
+		if id, e := strconv.ParseUint(name, 10, 64); e != nil || !inUse(id) {
+			err = errors.Join(err, os.RemoveAll(dir))
+		} else {
+			err = errors.Join(err, s.pruneGroups(dir, 1)) // <group>-<hook>
+		}
+	}
+	return errors.Join(err, s.pruneGroups(filepath.Join(s.dir, "programs"), 2)) // <group>-<hook>-<build>
+}
+
+// pruneGroups removes from dir what is of groups that are no more. In the names
+// that many dashes follow the group's.
+func (s *Service) pruneGroups(dir string, dashes int) error {
+	names, err := entries(dir)
+	for _, name := range names {
+		group := name
+		for range dashes {
+			group = group[:max(0, strings.LastIndexByte(group, '-'))]
+		}
+		if _, e := os.Lstat(filepath.Join(filepath.Dir(filepath.Dir(s.dir)), "groups", group)); errors.Is(e, fs.ErrNotExist) {
+			err = errors.Join(err, os.Remove(filepath.Join(dir, name)))
+		}
+	}
+	return err
 }

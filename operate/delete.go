@@ -141,7 +141,13 @@ func pidsOf(unit string) ([]int, error) {
 	}
 	var pids []int
 	for _, pid := range all {
-		if c, err := proc.Of(pid); err == nil && c.Unit() == unit { // an error: it has gone
+		c, err := proc.Of(pid)
+		if err != nil {
+			continue // gone
+		}
+		if in, err := c.IsUnit(unit); err != nil {
+			return nil, err
+		} else if in {
 			pids = append(pids, pid)
 		}
 	}
@@ -161,8 +167,11 @@ func endAll(unit string, pids []int) error {
 		var held []*proc.Process
 		for _, pid := range pids {
 			c, err := proc.Of(pid)
-			if err != nil || c.Unit() != unit {
+			if err != nil {
 				continue // gone
+			}
+			if in, err := c.IsUnit(unit); err != nil || !in {
+				continue // another one's by now
 			}
 			if p, err := c.Find(pid); err == nil {
 				_ = p.Signal(sig) // one that cannot be signalled is named when the time is up

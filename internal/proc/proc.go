@@ -81,6 +81,29 @@ func (c Cgroup) Unit() string {
 	return ""
 }
 
+// IsUnit says whether the cgroup is that of a unit of the machine's service
+// manager, process 1, or below it. One of a container, or of a user's manager,
+// may have the same name.
+func (c Cgroup) IsUnit(unit string) (bool, error) {
+	manager, err := cgroupOf(1)
+	return err == nil && c.isUnit(unit, manager), err
+}
+
+// isUnit is IsUnit with the cgroup of process 1: units are beside that one, in slices.
+func (c Cgroup) isUnit(unit, manager string) bool {
+	root := strings.TrimSuffix(strings.TrimSuffix(manager, "init.scope"), "/")
+	rest, ok := strings.CutPrefix(c.path, root+"/")
+	if !ok {
+		return false
+	}
+	for name := range strings.SplitSeq(rest, "/") {
+		if !strings.HasSuffix(name, ".slice") {
+			return strings.TrimPrefix(name, "_") == unit
+		}
+	}
+	return false
+}
+
 // Open opens the cgroup's directory.
 func (c Cgroup) Open() (*os.File, error) { return os.Open(c.dir) }
 

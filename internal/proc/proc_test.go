@@ -44,6 +44,31 @@ func TestContains(t *testing.T) {
 	}
 }
 
+// A unit of the same name in a container, or of a user's, is not the machine's.
+func TestInUnit(t *testing.T) {
+	for _, c := range []struct {
+		root, path string
+		want       bool
+	}{
+		{"/init.scope", "/system.slice/echo.service", true},
+		{"/init.scope", "/system.slice/system-echo.slice/echo.service/worker", true},
+		{"/init.scope", "/echo.service", true},
+		{"/init.scope", "/system.slice/_echo.service", true},
+		{"/init.scope", "/system.slice/echo.service2", false},
+		{"/init.scope", "/system.slice", false},
+		{"/init.scope", "/machine.slice/one.scope/system.slice/echo.service", false},
+		{"/init.scope", "/user.slice/user-1.slice/user@1.service/app.slice/echo.service", false},
+		{"/docker/1/init.scope", "/docker/1/system.slice/echo.service", true},
+		{"/docker/1/init.scope", "/docker/10/system.slice/echo.service", false},
+		{"/docker/1/init.scope", "/system.slice/echo.service", false},
+		{"/", "/echo.service", true},
+	} {
+		if got := (Cgroup{path: c.path}).isUnit("echo.service", c.root); got != c.want {
+			t.Errorf("%s is echo.service's of %s: %v", c.path, c.root, got)
+		}
+	}
+}
+
 func TestUnit(t *testing.T) {
 	for path, want := range map[string]string{
 		"/system.slice/echo.service":      "echo.service",
