@@ -125,12 +125,21 @@ func (s *start) checkRoom() error {
 	if s.store == nil || !s.known {
 		return nil
 	}
-	more := 1 + len(s.Listeners)
-	if len(s.before.Banks) > 0 {
-		more = 0
+	stored := map[string]bool{}
+	for _, b := range s.before.Banks {
+		for _, l := range b.Listeners {
+			stored[l.Name] = true
+		}
+	}
+	more := 0
+	if len(stored) == 0 {
+		more++ // the control map
 	}
 	for _, l := range s.Listeners {
 		more += int(l.Sockets)
+		if !stored[l.Name] {
+			more++ // its flow table
+		}
 	}
 	fits := func() bool { return int64(s.unit.Stored)+int64(more) <= int64(s.unit.StoreMax) }
 	if fits() {

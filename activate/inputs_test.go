@@ -104,6 +104,10 @@ func TestWrongInputs(t *testing.T) {
 			StatusUnfit, []string{"FileDescriptorStoreMax=21 is too small", "22 more are to come", "write FileDescriptorStoreMax=528"}},
 		"fd store too small for two": {udp + "?sockets=20", true, func(t *testing.T, f *fixture) { f.setUnit(func(u *systemd.Unit) { u.StoreMax = 41 }) },
 			StatusUnfit, []string{"FileDescriptorStoreMax=41 is too small", "22 descriptors are stored, 20 more"}},
+		"fd store too small for a new listener's table": {udp, true, func(t *testing.T, f *fixture) {
+			f.setUnit(func(u *systemd.Unit) { u.StoreMax = 5 })
+			f.listen("echo", udp, "udp://127.0.0.1:5202?name=b")
+		}, StatusUnfit, []string{"FileDescriptorStoreMax=5 is too small", "3 descriptors are stored, 3 more"}},
 		"pins of another layout": {udp, true, func(t *testing.T, f *fixture) {
 			mem, err := unix.Mmap(f.service().ControlFD(), 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 			must(t, err)

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -439,6 +440,16 @@ func setEUID(uid int) error {
 		return errno
 	}
 	return nil
+}
+
+// What cannot be attached says why, and nothing else.
+func TestHooksOnNoCgroup(t *testing.T) {
+	r := newHookedRig(t, flowSpec("127.0.0.1:5001"))
+	dir := must(os.Open(t.TempDir()))(t)
+	defer func() { check(t, dir.Close()) }()
+	if err := r.service.AttachHooks(dir, []*Group{r.Group}); err == nil || errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("hooks on no cgroup: %v", err)
+	}
 }
 
 // A socket keeps the hooks of its cgroup when its process moves, and an upgrade reaches them there.

@@ -194,7 +194,9 @@ func (s *Service) attachHooks(cgroup *os.File, groups []*Group) (err error) {
 			return
 		}
 		for _, pin := range added { // what was there before works on, with whichever build's program
-			err = errors.Join(err, os.Remove(pin))
+			if e := os.Remove(pin); !errors.Is(e, fs.ErrNotExist) { // the last one may not have come so far
+				err = errors.Join(err, e)
+			}
 		}
 	}()
 	for _, g := range groups {

@@ -183,7 +183,7 @@ func (m *modelGroup) change() {
 			c.Flip(bank)
 		}
 	case 10:
-		c.SetOrder(m.Perm(control.Banks)[:m.IntN(3)])
+		c.SwapOrder(c.Order(), m.Perm(control.Banks)[:m.IntN(3)])
 	case 11:
 		check(m, m.group.Clear(app, bank))
 		m.close(func(s *modelSocket) bool { return s.app == app && s.bank == bank })

@@ -265,9 +265,9 @@ func (m *Map) StepBack(bank int) {
 	m.reorder(func(banks []int) []int { return without(banks, bank) })
 }
 
-// SetOrder replaces the order as a whole; the alive bits stay.
-func (m *Map) SetOrder(banks []int) {
-	m.reorder(func([]int) []int { return banks })
+// SwapOrder replaces the order as a whole, if it still is old; the alive bits stay.
+func (m *Map) SwapOrder(old Order, banks []int) bool {
+	return atomic.CompareAndSwapUint64(&m.header().order, uint64(old), uint64(MakeOrder(banks)))
 }
 
 func (m *Map) reorder(change func([]int) []int) Order {

@@ -106,7 +106,11 @@ func TestFlip(t *testing.T) {
 	if got := m.Order().Banks(); !slices.Equal(got, []int{3, 5}) || !m.Alive(3) || !m.Alive(5) {
 		t.Fatalf("order %v, alive %b", got, m.AliveBanks())
 	}
+	before := m.Order()
 	m.StepBack(3)
+	if m.SwapOrder(before, []int{7}) {
+		t.Error("a change that came in between is lost")
+	}
 	if got := m.Order().Banks(); !slices.Equal(got, []int{5}) || !m.Alive(3) {
 		t.Fatalf("after a step back: order %v, alive %b", got, m.AliveBanks())
 	}

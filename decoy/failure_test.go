@@ -142,7 +142,7 @@ func TestRollback(t *testing.T) {
 	server2, _ := m.report("start")
 	m.hears("READY=1")
 	m.ctl.SetWatchUntil(m.bank[2], control.Now())
-	m.ctl.SetOrder([]int{m.bank[1]})
+	m.ctl.SwapOrder(m.ctl.Order(), []int{m.bank[1]})
 	m.hears("gen 1 serving; gen 2 failed: rolled back by hand (")
 	m.until("gen 2 drains and ends", func() bool { return !alive(server2) })
 	if !alive(server1) || m.ctl.Working() != m.bank[1] {

@@ -40,7 +40,8 @@ type Rolled struct {
 func Rollback(service string) (Rolled, error) {
 	var r Rolled
 	err := with(service, func(c change) error {
-		from, to := c.choose()
+		order := c.m.Order()
+		from, to := c.choose(order)
 		switch {
 		case from < 0:
 			return fmt.Errorf("roll back %s: %w: no generation takes new flows (systemctl start it)", service, ErrLive)
@@ -48,10 +49,12 @@ func Rollback(service string) (Rolled, error) {
 			return fmt.Errorf("roll back %s: %w: no older generation lives that could take new flows (install the older version and systemctl restart)", service, ErrLive)
 		}
 		r = Rolled{Working: c.m.Bank(to).Generation, Withdrawn: c.m.Bank(from).Generation}
+		if !c.m.SwapOrder(order, without(order.Banks(), from, to)) {
+			return fmt.Errorf("roll back %s: %w: another generation has become ready, or ended, at this moment (grm status %s)", service, ErrLive, service)
+		}
 		// Neither is watched any more: the one that goes drains at once.
 		c.m.SetWatchUntil(from, 0)
 		c.m.SetWatchUntil(to, 0)
-		c.m.SetOrder(without(c.m.Order().Banks(), from, to))
 		return c.recordFailure(r.Withdrawn, "rolled back by hand")
 	})
 	return r, err
@@ -59,9 +62,9 @@ func Rollback(service string) (Rolled, error) {
 
 // choose finds the bank that takes new flows, and the newest older one whose
 // server can; -1 if there is none.
-func (c change) choose() (from, to int) {
-	from = c.m.Working()
-	for _, b := range c.m.Order().Banks() {
+func (c change) choose(order control.Order) (from, to int) {
+	from = order.Working()
+	for _, b := range order.Banks() {
 		bank := c.m.Bank(b)
 		if b == from || !c.m.Alive(b) || !inspect.Runs(bank.Server, c.unit) {
 			continue

@@ -118,7 +118,8 @@ func (c Cgroup) Pids() ([]int, error) {
 			return err
 		}
 		text, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENODEV) {
+		// Those of a threaded cgroup, EOPNOTSUPP, are listed by the one above that it belongs to.
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EOPNOTSUPP) {
 			return err
 		}
 		for field := range bytes.FieldsSeq(text) {

@@ -6,7 +6,9 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 
@@ -41,6 +43,51 @@ func TestContains(t *testing.T) {
 		if got := (Cgroup{path: c.cgroup}).contains(c.path); got != c.want {
 			t.Errorf("%s contains %s: %v", c.cgroup, c.path, got)
 		}
+	}
+}
+
+// A threaded cgroup, as whoever has Delegate= may make one, hides no process.
+func TestPidsOfThreadedCgroup(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	root, err := cgroupRoot()
+	if err != nil {
+		t.Skip(err) // no cgroup v2 at all
+	}
+	dir, err := os.MkdirTemp(root, "grm-proc-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	child := filepath.Join(dir, "threads")
+	t.Cleanup(func() {
+		if err := errors.Join(os.Remove(child), os.Remove(dir)); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := os.Mkdir(child, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(child, "cgroup.type"), []byte("threaded"), 0); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("/bin/cat")
+	in, err := cmd.StdinPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _, _ = in.Close(), cmd.Wait() }() // its end is all that counts
+	pid := cmd.Process.Pid
+	for _, at := range []string{"cgroup.procs", "threads/cgroup.threads"} {
+		if err := os.WriteFile(filepath.Join(dir, at), []byte(strconv.Itoa(pid)), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if pids, err := (Cgroup{dir: dir}).Pids(); err != nil || !slices.Contains(pids, pid) {
+		t.Errorf("%v, %v: not %d", pids, err, pid)
 	}
 }
 
