@@ -293,13 +293,19 @@ func Inode(fd int) (uint64, error) {
 	return st.Ino, nil
 }
 
-// Comm is the name that a process goes by, "" if it is gone.
+// Comm is the name that a process goes by, "" if it is gone. The process chooses
+// it: what cannot be printed is a question mark.
 func Comm(pid int) string {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
 	if err != nil {
 		return ""
 	}
-	return strings.TrimSuffix(string(text), "\n")
+	return strings.Map(func(r rune) rune {
+		if strconv.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}, strings.TrimSuffix(string(text), "\n"))
 }
 
 // Parent is the pid of a process's parent; 0 if it has none or is gone.

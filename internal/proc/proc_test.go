@@ -209,6 +209,26 @@ func TestHolder(t *testing.T) {
 	}
 }
 
+// A process names itself: what it puts there reaches root's terminal.
+func TestComm(t *testing.T) {
+	const file = "/proc/self/comm"
+	before, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{"grm-keeper": "grm-keeper", "a\x1b[2J\nb": "a?[2J?b", "ü b": "ü b"} {
+		if err := os.WriteFile(file, []byte(name), 0); err != nil {
+			t.Fatal(err)
+		}
+		if got := Comm(os.Getpid()); got != want {
+			t.Errorf("%q is %q, not %q", name, got, want)
+		}
+	}
+	if err := os.WriteFile(file, before, 0); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestStatField(t *testing.T) {
 	for text, want := range map[string]string{
 		"7 (a) S 3 7 7 0":     "3",
