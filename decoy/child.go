@@ -118,6 +118,9 @@ const maxDepth = 256
 // and is a subreaper: a process in that session is one, and any other's line of
 // parents leads there.
 func descends(pid, ancestor int) bool {
+	if pid == 0 {
+		return false // outside of this pid namespace; getsid(2) would answer for whoever asks
+	}
 	if sid, err := unix.Getsid(pid); err == nil && sid == ancestor {
 		return pid != ancestor
 	}

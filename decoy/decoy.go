@@ -38,6 +38,7 @@ package decoy
 import (
 	"fmt"
 	"os"
+	"os/signal"
 	"runtime"
 	"runtime/debug"
 	"time"
@@ -107,19 +108,22 @@ func Run(o Options) (int, error) {
 	}
 	switch st.part {
 	case "":
-		slim()
+		lastLong()
 		return runDecoy(o, st)
 	case partKeeper:
-		slim()
+		lastLong()
 		return runKeeper(o, st)
 	}
 	return st.become(o)
 }
 
-// slim keeps a process small that allocates next to nothing and lives for long.
-func slim() {
+// lastLong is for a process that allocates next to nothing and lives for long:
+// it stays small, and survives the journal. The Go runtime would end it with
+// SIGPIPE when it has something to say and nobody listens any more.
+func lastLong() {
 	runtime.GOMAXPROCS(1)
 	debug.SetGCPercent(10)
+	signal.Ignore(unix.SIGPIPE)
 }
 
 // say is one line of the journal.

@@ -150,6 +150,33 @@ func TestRollback(t *testing.T) {
 	}
 }
 
+// A generation that was rolled back ends before its decoy has looked.
+func TestRolledBackAndDeadAtOnce(t *testing.T) {
+	t.Parallel()
+	m, first, _ := second(t, nil, "say=READY=1")
+	server2, _ := m.report("start")
+	m.hears("READY=1")
+	first.leaves()
+	stdin, keepOpen, err := os.Pipe() // nothing can be read from it, as from a terminal
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stdin.Close()
+	defer keepOpen.Close()
+	m.stdin, m.said = stdin, nil
+	watched(&m.o)
+	r, server3 := m.begun()
+	m.ctl.SwapOrder(m.ctl.Order(), []int{m.bank[2]})
+	_ = unix.Kill(server3, unix.SIGKILL)
+	m.hears("gen 2 serving; gen 3 failed: rolled back by hand (")
+	m.ctl.SetRequest(control.Stop)
+	r.signal(syscall.SIGTERM)
+	r.expect(0)
+	if alive(server2) {
+		t.Error("stopped, but the server lives")
+	}
+}
+
 // After the watch a crash is a crash: what waits in the sockets is for the next
 // server.
 func TestCrash(t *testing.T) {

@@ -40,6 +40,8 @@ type manager struct {
 	env     []string
 	binary  string   // grm-decoy, if not the test binary
 	args    []string // and its arguments
+	stdin   *os.File // of the next decoy; nil: /dev/null
+	stderr  *os.File // of the next decoy; nil: a file that the test shows if it fails
 
 	ctl   *control.Map
 	ctlFD int
@@ -242,6 +244,12 @@ func (m *manager) start() *run {
 		m.t.Fatal(err)
 	}
 	r.cmd.Stderr = log
+	if m.stderr != nil {
+		r.cmd.Stderr = m.stderr
+	}
+	if m.stdin != nil {
+		r.cmd.Stdin = m.stdin
+	}
 	m.t.Cleanup(func() {
 		if text, _ := os.ReadFile(log.Name()); m.t.Failed() && len(text) > 0 {
 			m.t.Logf("standard error:\n%s", text)

@@ -115,7 +115,7 @@ func (r *relay) refuse(what, why string) {
 // message works off one message of the server, if it is of the server.
 func (r *relay) message(m notify.Message) {
 	k := r.k
-	if m.Pid != k.server.pid && !descends(m.Pid, k.pid) {
+	if m.Pid == 0 || m.Pid != k.server.pid && !descends(m.Pid, k.pid) {
 		r.refuse("message from process "+strconv.Itoa(m.Pid), "it is none of this instance")
 		return
 	}

@@ -217,6 +217,18 @@ func TestDescends(t *testing.T) {
 	q.close()
 }
 
+// A sender outside of the keeper's pid namespace has the number 0, by which
+// getsid(2) understands whoever asks; and keepers lead their sessions.
+func TestSenderOutside(t *testing.T) {
+	t.Parallel()
+	m := newManager(t, "daemon=who;forever", "say=READY=1").withControl()
+	r, _ := m.begun()
+	if _, said := m.report("outside"); said != "outside: false" {
+		t.Errorf("the leader of a session, of one that is outside: %s", said)
+	}
+	r.leaves()
+}
+
 func FuzzJudge(f *testing.F) {
 	f.Add("READY=1\nSTATUS=x\nMAINPID=1")
 	f.Add("FDSTORE=1\nFDNAME=grm.ctl")

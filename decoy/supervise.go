@@ -310,13 +310,15 @@ func (d *decoy) speakFor(bank int) error {
 		d.loop.remove(d.link.fd)
 		d.link.close()
 	}
-	if d.child {
+	switch {
+	case d.keeper.pid == 0: // it has ended, and been reaped
+	case d.child:
 		d.waiting = append(d.waiting, d.keeper) // still a child, to be reaped
-	} else if d.keeper.pid != 0 {
+	default:
 		d.loop.remove(d.keeper.pidfd)
 		d.keeper.close()
 	}
-	d.keeper, d.child = p, false
+	d.keeper, d.child, d.status = p, false, 0
 	d.loop.add(p.pidfd, d.keeperEnded)
 	d.bank, d.generation, d.says = bank, b.Generation, ""
 	if fd, found := d.in.keepers[b.Generation]; found {

@@ -40,6 +40,27 @@ func TestEverySignal(t *testing.T) {
 	r.expect(128 + int(syscall.SIGKILL))
 }
 
+// A journal that went away costs words, and no process.
+func TestNobodyListens(t *testing.T) {
+	t.Parallel()
+	m := newManager(t, "say=READY=1").withControl()
+	reader, writer, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer writer.Close()
+	_ = reader.Close()
+	m.stderr = writer
+	r, server := m.begun()
+	keeper := m.bankOf(1).Keeper
+	m.ctl.SetRequest(control.Stop)
+	r.signal(syscall.SIGTERM)
+	r.expect(0)
+	if alive(keeper) || alive(server) {
+		t.Error("stopped, but something lives")
+	}
+}
+
 func TestEveryStatus(t *testing.T) {
 	t.Parallel()
 	m := newManager(t)
