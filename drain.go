@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"os/signal"
+	"strconv"
 	"sync"
 	"syscall"
 
@@ -18,7 +19,8 @@ var (
 )
 
 // The environment in which a server learns which signals its keeper will send,
-// by name (SIGUSR1). Without the first, there is no signal before the stop.
+// by name (SIGUSR1), or by number those that have none. Without the first, there
+// is no signal before the stop.
 const (
 	EnvDrainSignal = "GRM_DRAIN_SIGNAL"
 	EnvStopSignal  = "GRM_STOP_SIGNAL"
@@ -40,13 +42,22 @@ func StopContext(parent context.Context) (context.Context, context.CancelFunc) {
 	return onSignal(parent, 0)
 }
 
-func drainSignal() syscall.Signal { return unix.SignalNum(os.Getenv(EnvDrainSignal)) }
+func drainSignal() syscall.Signal { return signalIn(EnvDrainSignal) }
 
 func stopSignal() syscall.Signal {
-	if s := unix.SignalNum(os.Getenv(EnvStopSignal)); s != 0 {
+	if s := signalIn(EnvStopSignal); s != 0 {
 		return s
 	}
 	return unix.SIGTERM
+}
+
+// signalIn is the signal that a variable says, 0 for none.
+func signalIn(variable string) syscall.Signal {
+	text := os.Getenv(variable)
+	if n, err := strconv.Atoi(text); err == nil && n > 0 && n <= 64 {
+		return syscall.Signal(n)
+	}
+	return unix.SignalNum(text)
 }
 
 // onSignal ends the context at drain, if it is one, and at what stops.

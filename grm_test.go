@@ -245,6 +245,19 @@ func ended(ctx context.Context) error {
 	}
 }
 
+// The real-time signals have no names.
+func TestDrainSignalByNumber(t *testing.T) {
+	t.Setenv(EnvDrainSignal, "40")
+	t.Setenv(EnvStopSignal, "64")
+	if drain, stop := drainSignal(), stopSignal(); drain != 40 || stop != 64 {
+		t.Errorf("drain signal %d, stop signal %d", drain, stop)
+	}
+	t.Setenv(EnvStopSignal, "none")
+	if stop := stopSignal(); stop != unix.SIGTERM {
+		t.Errorf("stop signal %d", stop)
+	}
+}
+
 func TestCancelledDrainContext(t *testing.T) {
 	parent, cancelParent := context.WithCancel(t.Context())
 	ctx, cancel := DrainContext(parent)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -109,6 +110,14 @@ func signalName(s unix.Signal) string {
 		return name
 	}
 	return fmt.Sprintf("signal %d", int(s)) // the real-time ones have no names
+}
+
+// signalWord is a signal as a server reads it in its environment.
+func signalWord(s unix.Signal) string {
+	if name := unix.SignalName(s); name != "" {
+		return name
+	}
+	return strconv.Itoa(int(s))
 }
 
 // maxDepth bounds walks up the process tree, which can change meanwhile.

@@ -4,7 +4,9 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 	"unsafe"
@@ -101,6 +103,23 @@ func TestDrainSignal(t *testing.T) {
 		t.Errorf("stop signal to %d, want %d", pid, server1)
 	}
 	m.until("gen 1 ends", func() bool { return !alive(server1) })
+}
+
+// Real-time signals have no names, so a server learns their numbers.
+func TestSignalsWithoutNames(t *testing.T) {
+	t.Parallel()
+	m := newManager(t, "say=READY=1").withControl()
+	m.o.DrainSignal, m.o.StopSignal = 40, 41
+	m.activate(1)
+	r := m.start()
+	_, said := m.report("start")
+	for _, kv := range []string{"GRM_DRAIN_SIGNAL=40", "GRM_STOP_SIGNAL=41"} {
+		if !slices.Contains(strings.Split(said, "\x01"), kv) {
+			t.Errorf("%s is not in the server's environment", kv)
+		}
+	}
+	m.hears("READY=1")
+	r.leaves()
 }
 
 // A drained instance that becomes the working one again was told nothing, so it

@@ -202,9 +202,9 @@ func (k *keeper) start(own []named) error {
 	if k.ctl != nil {
 		env = env.set(envGeneration, strconv.FormatUint(k.generation, 10))
 		if k.o.DrainSignal != 0 {
-			env = env.set(envDrainSignal, unix.SignalName(k.o.DrainSignal))
+			env = env.set(envDrainSignal, signalWord(k.o.DrainSignal))
 		}
-		env = env.set(envStopSignal, unix.SignalName(k.o.StopSignal))
+		env = env.set(envStopSignal, signalWord(k.o.StopSignal))
 	}
 	var err error
 	if k.server, err = spawn(os.Args[0], env, files, syscall.SysProcAttr{}); err != nil {

@@ -2,6 +2,7 @@ package decoy
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -46,7 +47,7 @@ func newRelay(k *keeper) (*relay, error) {
 	r := &relay{k: k, tokens: relayBurst, filled: control.Now(), refused: map[string]bool{}}
 	address := "@"
 	if dir, _, _ := strings.Cut(k.env.get("RUNTIME_DIRECTORY"), ":"); dir != "" && os.Geteuid() != 0 {
-		r.path = filepath.Join(dir, ".grm-notify-"+strconv.FormatUint(k.generation, 10))
+		r.path = filepath.Join(dir, notifyName(k.generation, k.pid))
 		_ = os.Remove(r.path) // of a keeper that was killed; bind tells if it is in the way
 		address = r.path
 	}
@@ -62,6 +63,15 @@ func newRelay(k *keeper) (*relay, error) {
 	}
 	k.loop.add(r.listener.FD(), r.receive)
 	return r, nil
+}
+
+// notifyName is the name of an instance's socket, which no other one has: the
+// keeper of a server that drains by itself removes its own when that has ended.
+func notifyName(generation uint64, keeper int) string {
+	if generation == 0 { // a server without grm's sockets
+		return fmt.Sprintf(".grm-notify-pid-%d", keeper)
+	}
+	return fmt.Sprintf(".grm-notify-%d", generation)
 }
 
 func (r *relay) close() {

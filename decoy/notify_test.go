@@ -229,6 +229,17 @@ func TestSenderOutside(t *testing.T) {
 	r.leaves()
 }
 
+// A server without grm's sockets that drains by itself lives beside the next
+// one, whose socket its keeper must not remove.
+func TestNotifyNames(t *testing.T) {
+	if a, b := notifyName(0, 10), notifyName(0, 11); a == b {
+		t.Errorf("two instances have one socket, %s", a)
+	}
+	if a, b := notifyName(7, 10), notifyName(7, 11); a != b {
+		t.Errorf("the server of a killed keeper sends to %s, its new keeper listens at %s", a, b)
+	}
+}
+
 func FuzzJudge(f *testing.F) {
 	f.Add("READY=1\nSTATUS=x\nMAINPID=1")
 	f.Add("FDSTORE=1\nFDNAME=grm.ctl")
