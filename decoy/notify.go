@@ -239,7 +239,7 @@ func clean(s string) string {
 	}
 	s = strings.ToValidUTF8(s, "")
 	return strings.Map(func(c rune) rune {
-		if c < ' ' || c == 0x7f || c == utf8.RuneError {
+		if c < ' ' || c >= 0x7f && c < 0xa0 || c == utf8.RuneError { // the control characters of ASCII and of Latin-1
 			return ' '
 		}
 		return c

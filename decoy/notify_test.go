@@ -240,6 +240,15 @@ func TestNotifyNames(t *testing.T) {
 	}
 }
 
+// What a server says of itself is shown at root's terminal.
+func TestClean(t *testing.T) {
+	for given, want := range map[string]string{"é\t✓": "é ✓", "a\x1b[2J\u009b2J\u0085\x7f": "a [2J 2J  ", "\xff": ""} {
+		if got := clean(given); got != want {
+			t.Errorf("%q is shown as %q, want %q", given, got, want)
+		}
+	}
+}
+
 func FuzzJudge(f *testing.F) {
 	f.Add("READY=1\nSTATUS=x\nMAINPID=1")
 	f.Add("FDSTORE=1\nFDNAME=grm.ctl")

@@ -291,7 +291,7 @@ func Flows(yield func(Flow) bool) error {
 		return err
 	}
 	if !report.Complete {
-		return fmt.Errorf("only root can read the flow tables: %w", fs.ErrPermission)
+		return fmt.Errorf("read the flow tables: %w", fs.ErrPermission)
 	}
 	keys, err := bpfprog.Groups()
 	if errors.Is(err, fs.ErrNotExist) {

@@ -41,7 +41,7 @@ func Delete(name string, force bool) ([]string, error) {
 		return nil, err
 	}
 	if !r.Complete {
-		return nil, fmt.Errorf("delete %s: only root can: %w", name, fs.ErrPermission)
+		return nil, fmt.Errorf("delete %s: %w", name, fs.ErrPermission)
 	}
 	for _, s := range r.Services {
 		if s.Name != name {
@@ -300,7 +300,7 @@ func deleteGroup(name string) (removed []string, err error) {
 		return nil, err
 	}
 	if !r.Complete {
-		return nil, fmt.Errorf("delete %s: only root can: %w", name, fs.ErrPermission)
+		return nil, fmt.Errorf("delete %s: %w", name, fs.ErrPermission)
 	}
 	for _, g := range r.Groups {
 		if g.Name == name && len(g.Services) > 0 {

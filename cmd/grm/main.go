@@ -10,6 +10,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strings"
 
@@ -134,6 +135,8 @@ func status(err error, stderr io.Writer) int {
 		return notFound
 	case errors.Is(err, operate.ErrLive):
 		return refused
+	case errors.Is(err, fs.ErrPermission):
+		fmt.Fprintln(stderr, "grm: this takes root's rights")
 	}
 	return failed
 }

@@ -157,7 +157,10 @@ func scenes(t *testing.T, name string) env {
 		r := inspect.Report{Time: at, Services: []inspect.Service{s}, Groups: []inspect.Group{}}
 		e.report = func() (inspect.Report, error) { return r, nil }
 		e.flows = func(func(inspect.Flow) bool) error {
-			return fmt.Errorf("only root can read the flow tables: %w", fs.ErrPermission)
+			return fmt.Errorf("read the flow tables: %w", fs.ErrPermission)
+		}
+		e.rollback = func(name string) (operate.Rolled, error) {
+			return operate.Rolled{}, fmt.Errorf("service %s: %w", name, fs.ErrPermission)
 		}
 	case "shared":
 		r := busy

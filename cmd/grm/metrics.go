@@ -13,10 +13,11 @@ import (
 )
 
 const metricsUsage = `Usage: grm metrics
-Writes everything that is counted as OpenMetrics text, for a collector that reads files or runs commands.
+Writes everything that is counted as OpenMetrics text, for a collector that reads files or runs commands. One that
+reads files is to see a whole one: write it beside, then rename it.
 
 Example:
-  sudo grm metrics > /var/lib/node_exporter/grm.prom
+  sudo sh -c 'cd /var/lib/node_exporter && grm metrics > grm.new && mv grm.new grm.prom'
 `
 
 func metrics(e env, args []string) error {

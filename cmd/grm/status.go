@@ -51,6 +51,9 @@ func showStatus(e env, args []string) error {
 		return writeJSON(e.stdout, r)
 	}
 	tellProblems(e, r)
+	if len(r.Services) == 0 {
+		fmt.Fprintln(e.stderr, "grm: no service runs under grm in this network namespace")
+	}
 	for i, s := range r.Services {
 		if i > 0 {
 			fmt.Fprintln(e.stdout)
