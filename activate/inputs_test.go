@@ -149,7 +149,7 @@ func TestWrongInputs(t *testing.T) {
 		"directory that others can write": {udp, true, func(t *testing.T, f *fixture) { must(t, os.Chmod("/run/grm", 0o777)) },
 			StatusUnsafe, []string{"/run/grm", "mode 0777"}},
 		"another user while one lives": {udp, true, func(t *testing.T, f *fixture) { f.req.User = "daemon" },
-			StatusConflict, []string{"user: the sockets of 1 living instances belong to uid 65534 (nobody)", "would to 1 (daemon)", "stop the service, then start it"}},
+			StatusConflict, []string{"user: the sockets of 1 living instances belong to uid 65534 (nobody)", "would to 1 (daemon)", "stop the service, then start it, or set the user back"}},
 		"another dissector while one lives": {udp, true, func(t *testing.T, f *fixture) { f.listen("echo", udp+"?dissector=noop") },
 			StatusConflict, []string{"group udp://127.0.0.1:5201", "dissector is flow, not noop", "stop the service, then start it"}},
 		"another table while one lives": {udp, true, func(t *testing.T, f *fixture) { f.listen("echo", udp+"?flows=2048&timeout=5s") },

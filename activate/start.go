@@ -291,6 +291,11 @@ func (s *start) fresh(ctx context.Context) error {
 // same prepares a decoy for what is there: the sockets of a server that
 // crashed, or an instance that lives.
 func (s *start) same(ctx context.Context) error {
+	if s.plan.Verb == control.StandIn {
+		if err := s.checkUser(); err != nil {
+			return err // the decoy could neither see the old instance nor speak for it
+		}
+	}
 	s.before = *s.st
 	s.bank = s.st.Banks[s.plan.Bank]
 	ls, err := listeners(s.bank)
@@ -402,7 +407,7 @@ func (r *run) checkPinned(p processes) error {
 func (s *start) checkUser() error {
 	live := s.live()
 	if len(live) > 0 && s.st.UID != s.uid {
-		return conflict(fmt.Errorf("user: the sockets of %d living instances belong to uid %d (%s), the new ones would to %d (%s), and one address takes one uid only (stop the service, then start it)",
+		return conflict(fmt.Errorf("user: the sockets of %d living instances belong to uid %d (%s), the new ones would to %d (%s), and one address takes one uid only (stop the service, then start it, or set the user back)",
 			len(live), s.st.UID, s.st.User, s.uid, s.user))
 	}
 	return nil

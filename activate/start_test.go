@@ -2,6 +2,7 @@ package activate
 
 import (
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -152,6 +153,35 @@ func TestStandIn(t *testing.T) {
 	f.setUnit(func(u *systemd.Unit) { u.Restarts = 0 })
 	f.mustStart()
 	if plan := old.ctl.Plan(); plan.Verb != control.Start || old.ctl.Bank(plan.Bank).Generation != 3 {
+		t.Fatalf("plan %v", plan)
+	}
+}
+
+// A decoy that runs as another user could neither see the old instance nor
+// speak for it.
+func TestStandInAsAnotherUser(t *testing.T) {
+	f := newFixture(t, "echo", "udp://127.0.0.1:5201")
+	f.mustStart()
+	old := f.serve(0)
+	f.stopPost("restart", "success", "exited", "0")
+	f.nextRun()
+	f.setUnit(func(u *systemd.Unit) { u.Restarts = 1 })
+	f.req.User = "daemon"
+	err := f.start()
+	if Status(err) != StatusConflict || !strings.Contains(err.Error(), "belong to uid 65534 (nobody)") || !strings.Contains(err.Error(), "set the user back") {
+		t.Fatalf("error %v", err)
+	}
+	if where := f.arrives(f.req.Listeners[0]); where != "grm.echo.1.0" {
+		t.Errorf("a packet came to %q", where)
+	}
+	if old.server.ended() || old.keeper.ended() {
+		t.Error("the old instance has ended")
+	}
+	f.nextRun()
+	f.setUnit(func(u *systemd.Unit) { u.Restarts = 2 })
+	f.req.User = ""
+	f.mustStart()
+	if plan := old.ctl.Plan(); plan != (control.Plan{Verb: control.StandIn, Bank: old.bank}) {
 		t.Fatalf("plan %v", plan)
 	}
 }
