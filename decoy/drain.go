@@ -116,9 +116,11 @@ func (k *keeper) connections() (int, error) {
 	return n + m, err
 }
 
+// queued says whether something waits for the server, in a socket that it has not
+// closed.
 func (k *keeper) queued() bool {
-	for _, s := range k.sockets {
-		if queued(s.fd) {
+	for i, s := range k.sockets {
+		if (k.given == nil || !k.given[i].left) && queued(s.fd) {
 			return true
 		}
 	}

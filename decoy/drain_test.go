@@ -136,6 +136,35 @@ func TestWorksAgain(t *testing.T) {
 	}
 }
 
+// What waits in a socket that the server has closed keeps nobody waiting, and
+// is said once.
+func TestClosedSocketDoesNotKeepTheDrain(t *testing.T) {
+	t.Parallel()
+	m := newManager(t, "shut", "say=READY=1").withControl()
+	m.o.DrainTimeout = time.Hour
+	first, server1 := m.begun()
+	c, err := net.Dial("udp", "127.0.0.1:"+strconv.Itoa(m.port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("to nobody")); err != nil {
+		t.Fatal(err)
+	}
+	const said = "was closed by its server"
+	m.until("it is said", func() bool { return strings.Contains(first.stderr(), said) })
+	for end := control.Now() + 2*lookEvery + time.Second; control.Now() < end; m.serve(10) {
+	}
+	if n := strings.Count(first.stderr(), said); n != 1 {
+		t.Errorf("it was said %d times", n)
+	}
+	first.leaves()
+	m.server = []string{"say=READY=1"}
+	second, _ := m.begun()
+	m.until("gen 1 ends", func() bool { return !alive(server1) && m.bankOf(1).State == control.Ended })
+	second.leaves()
+}
+
 // What a queue holds when the flows are gone is answered before the server
 // ends.
 func TestQueueIsEmptied(t *testing.T) {

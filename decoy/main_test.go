@@ -96,6 +96,11 @@ func serve(todo []string) {
 		if slices.Contains(todo, "deaf") {
 			continue
 		}
+		if slices.Contains(todo, "shut") {
+			_ = c.Close()
+			_ = f.Close()
+			continue
+		}
 		go func() {
 			buf := make([]byte, 2000)
 			for {

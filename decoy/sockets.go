@@ -19,6 +19,7 @@ const lookEvery = 5 * time.Second
 // given is what a keeper knows of one of its server's sockets.
 type given struct {
 	waits string // the datagram that waited in it at the last look, as nobody took it; "": none
+	left  bool   // it has left the group, as its server has closed it
 	said  [len(oddities)]bool
 }
 
@@ -55,6 +56,9 @@ func (k *keeper) lookAtSockets(now time.Duration) {
 				say("%s: socket %d of %s %s", k, s.index, s.listener, oddity.text)
 			}
 		}
+		if g.left {
+			continue
+		}
 		before := g.waits
 		if g.waits = peek(s.fd); g.waits != "" && g.waits == before {
 			stuck = append(stuck, i)
@@ -77,7 +81,7 @@ func (k *keeper) lookAtSockets(now time.Duration) {
 			say("%s: socket %d of %s: %v", k, s.index, s.listener, err)
 			continue
 		}
-		k.given[i].waits = ""
+		k.given[i].left = true
 		say("%s: socket %d of %s was closed by its server: others get its packets now", k, s.index, s.listener)
 	}
 }
