@@ -89,16 +89,14 @@ func exitStatus(ws syscall.WaitStatus) int {
 	return ws.ExitStatus()
 }
 
-// describe is an exit status in words.
+// describe is the exit status of a server or a probe in words.
 func describe(status int) string {
 	switch {
-	case status == ExitNotReady:
-		return "not ready in time"
 	case status == ExitNotFound:
 		return "exit 127 (no such command)"
 	case status == ExitCannotExec:
 		return "exit 126 (cannot be executed)"
-	case status > 128:
+	case status > 128 && status <= 128+64: // there are no more signals; 255 is exit(-1)
 		return signalName(unix.Signal(status - 128))
 	}
 	return fmt.Sprintf("exit %d", status)

@@ -143,7 +143,7 @@ func FuzzSocketName(f *testing.F) {
 }
 
 func TestDescribe(t *testing.T) {
-	for status, want := range map[int]string{0: "exit 0", 1: "exit 1", 124: "not ready in time", 127: "exit 127 (no such command)", 137: "SIGKILL", 139: "SIGSEGV", 164: "signal 36", 255: "signal 127"} {
+	for status, want := range map[int]string{0: "exit 0", 1: "exit 1", 124: "exit 124", 127: "exit 127 (no such command)", 137: "SIGKILL", 139: "SIGSEGV", 164: "signal 36", 192: "signal 64", 193: "exit 193", 255: "exit 255"} {
 		if got := describe(status); got != want {
 			t.Errorf("%d is %q, want %q", status, got, want)
 		}
