@@ -2,6 +2,7 @@ package proc
 
 import (
 	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -14,6 +15,17 @@ import (
 
 	"golang.org/x/sys/unix"
 )
+
+// waits makes this binary a process that ends with its standard input.
+const waits = "GRM_PROC_TEST_WAITS"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(waits) != "" {
+		_, _ = io.Copy(io.Discard, os.Stdin) // its end is all that counts
+		return
+	}
+	os.Exit(m.Run())
+}
 
 func TestOwnCgroupHasThisProcess(t *testing.T) {
 	c, err := Own()
@@ -71,7 +83,8 @@ func TestPidsOfThreadedCgroup(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(child, "cgroup.type"), []byte("threaded"), 0); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command("/bin/cat")
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), waits+"=1")
 	in, err := cmd.StdinPipe()
 	if err == nil {
 		err = cmd.Start()

@@ -139,8 +139,8 @@ func (m Machine) pack(file string) error {
 		a.file(name, 0o644, int64(len(content)), strings.NewReader(content))
 	}
 	text("plan.json", string(plan))
-	text("etc/passwd", "root:x:0:0::/:\nnobody:x:65534:65534::/:\n")
-	text("etc/group", "root:x:0:\nnogroup:x:65534:\n")
+	text("etc/passwd", "root:x:0:0::/:\ndaemon:x:1:1::/:\nnobody:x:65534:65534::/:\n")
+	text("etc/group", "root:x:0:\ndaemon:x:1:\nnogroup:x:65534:\n")
 	text("etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")
 	names := make([]string, 0, len(m.Files))
 	for name := range m.Files {
