@@ -350,6 +350,7 @@ func (d *decoy) ready() {
 	}
 	d.shown = d.line(control.Now())
 	d.tell("READY=1\nSTATUS=" + d.shown)
+	d.nextLook = after(0) // the watch has begun, or there is none
 }
 
 func (d *decoy) tell(text string, fds ...int) {
@@ -372,6 +373,10 @@ func (d *decoy) step(now time.Duration) {
 	}
 	d.nextLook = timer(now + look)
 	if d.ctl != nil {
+		// At the end of a watch in time for the older keeper, which waits for handOverTime.
+		if end := d.ctl.Bank(d.bank).WatchUntil; end > now {
+			d.nextLook = min(d.nextLook, timer(end))
+		}
 		d.look(now)
 		if d.phase == speaking && d.draining() {
 			d.flows.take(look)
