@@ -162,7 +162,7 @@ func (r *run) owner() (uint32, string, error) {
 	if name == "" {
 		return uint32(unix.Geteuid()), "root", nil
 	}
-	if uid, err := strconv.ParseUint(name, 10, 32); err == nil {
+	if uid, err := strconv.ParseUint(name, 10, 32); err == nil && uint32(uid) != systemd.NoUID {
 		return uint32(uid), name, nil
 	}
 	u, err := user.Lookup(name)

@@ -93,6 +93,8 @@ func TestWrongInputs(t *testing.T) {
 			StatusFailure, []string{"bind udp://192.0.2.1:5201", "no interface has this address", "--freebind"}},
 		"unknown user": {udp, false, func(t *testing.T, f *fixture) { f.req.User = "nobodyatall" },
 			StatusUnfit, []string{`user "nobodyatall"`, "change User="}},
+		"user whom fchown(2) would not see": {udp, false, func(t *testing.T, f *fixture) { f.req.User = "4294967295" },
+			StatusUnfit, []string{`user "4294967295"`, "change User="}},
 		"no fd store at all": {udp, false, func(t *testing.T, f *fixture) { t.Setenv(notify.Env, "") },
 			StatusUnfit, []string{"no NOTIFY_SOCKET", "Type=notify", "-- COMMAND"}},
 		"NOTIFY_SOCKET that is no address": {udp, false, func(t *testing.T, f *fixture) { t.Setenv(notify.Env, "here") },

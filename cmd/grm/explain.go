@@ -137,6 +137,8 @@ func join(events []model.Event) string {
 func readPackets(packet, from string) (packets []model.Packet, note string, err error) {
 	data, err := os.ReadFile(packet)
 	switch {
+	case err == nil && from != "":
+		return nil, "", usageError{fmt.Errorf("explain: --from is for a payload; the packets in %s have senders", packet)}
 	case err == nil:
 		packets, others, err := model.ParsePcap(data)
 		if err != nil {
