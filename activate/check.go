@@ -112,9 +112,9 @@ func (r *run) checkSettings() error {
 
 // storeNeed is a FileDescriptorStoreMax= that does for an old and a new generation.
 func (r *run) storeNeed() int {
-	n := 16
+	n := config.FDsOfItsOwn
 	for _, l := range r.Listeners {
-		n += 2 * max(config.MaxSockets, int(l.Sockets))
+		n += 2*max(config.MaxSockets, int(l.Sockets)) + 1
 	}
 	return n
 }

@@ -101,9 +101,9 @@ func TestWrongInputs(t *testing.T) {
 			StatusUnfit, []string{"NOTIFY_SOCKET", `"here"`}},
 		"several settings of the unit": {udp, false, func(t *testing.T, f *fixture) {
 			f.setUnit(func(u *systemd.Unit) { u.NotifyAccess, u.StoreMax, u.PrivateNetwork = "main", 0, true })
-		}, StatusUnfit, []string{"unit echo.service", "NotifyAccess=main", "write NotifyAccess=all", "write FileDescriptorStoreMax=528", "PrivateNetwork=yes"}},
+		}, StatusUnfit, []string{"unit echo.service", "NotifyAccess=main", "write NotifyAccess=all", "write FileDescriptorStoreMax=561", "PrivateNetwork=yes"}},
 		"fd store too small": {udp + "?sockets=20", false, func(t *testing.T, f *fixture) { f.setUnit(func(u *systemd.Unit) { u.StoreMax = 21 }) },
-			StatusUnfit, []string{"FileDescriptorStoreMax=21 is too small", "22 more are to come", "write FileDescriptorStoreMax=528"}},
+			StatusUnfit, []string{"FileDescriptorStoreMax=21 is too small", "22 more are to come", "write FileDescriptorStoreMax=561"}},
 		"fd store too small for two": {udp + "?sockets=20", true, func(t *testing.T, f *fixture) { f.setUnit(func(u *systemd.Unit) { u.StoreMax = 41 }) },
 			StatusUnfit, []string{"FileDescriptorStoreMax=41 is too small", "22 descriptors are stored, 20 more"}},
 		"fd store too small for a new listener's table": {udp, true, func(t *testing.T, f *fixture) {

@@ -9,14 +9,14 @@ import (
 	"strings"
 )
 
-// fdsOfItsOwn is what the fd store holds besides sockets: the control map and the flow tables of the listeners in the
-// worst case share it with what the server itself stores.
-const fdsOfItsOwn = 16
+// FDsOfItsOwn is what the fd store holds besides sockets and flow tables, at most: the control map, a link to the keeper
+// of each of 32 generations, and 15 that are the server's.
+const FDsOfItsOwn = 48
 
 // FileDescriptorStoreMax is the least size of the fd store: two generations of every listener at their largest, because
-// the old and the new one are in it together for a moment, the flow tables, the control map, and a few of the server's.
+// the old and the new one are in it together for a moment, the flow tables, and the few others.
 func (s *Service) FileDescriptorStoreMax() int {
-	return len(s.Listen)*MaxSockets*2 + len(s.Listen) + fdsOfItsOwn
+	return len(s.Listen)*MaxSockets*2 + len(s.Listen) + FDsOfItsOwn
 }
 
 // guard is why a directive is not for the pass-through. A guard without allow refuses every value.

@@ -263,7 +263,7 @@ func TestRefused(t *testing.T) {
 		{service + "PrivateTmp = true", "a restart would empty /tmp"},
 		{service + "PrivateTmp = 'disconnected'", "a restart would empty /tmp"},
 		{service + "PrivateNetwork = 'yes'", "grm-activate would bind the sockets inside"},
-		{service + "FileDescriptorStoreMax = 64", "old and new sockets are in the store together, 529 at least (leave it out, or write a larger number)"},
+		{service + "FileDescriptorStoreMax = 64", "old and new sockets are in the store together, 561 at least (leave it out, or write a larger number)"},
 		{service + "RuntimeDirectory = 'other'", "keepers leave notes"},
 		{service + "X = \"a\\nExecStart=/bin/sh\"", "7: systemd.Service.X: control character U+000A at byte 2"},
 		{service + "X = 'a\\'", `7: systemd.Service.X: backslash at the end of "a\\"`},

@@ -136,6 +136,51 @@ func TestWorksAgain(t *testing.T) {
 	}
 }
 
+// An instance that drains has left the fd store. If it works again what it has
+// is stored again, and it is heard.
+func TestStoredAgain(t *testing.T) {
+	t.Parallel()
+	const sockets = 2*atOnce + 3
+	file := filepath.Join(t.TempDir(), "speak")
+	m := newManager(t, "say=READY=1", "wait="+file, "say=WATCHDOG=1").withControl()
+	m.o.DrainIdle = time.Hour
+	m.activate(sockets)
+	first := m.start()
+	m.report("start")
+	m.hears("READY=1")
+	m.packet(m.bank[1], true)
+	all := []string{keeperName(1)}
+	for i := range sockets {
+		all = append(all, socketName("echo", 1, i))
+	}
+	slices.Sort(all)
+	first.leaves()
+	m.server = []string{"say=READY=1"}
+	second, _ := m.begun()
+	both := []string{socketName("echo", 2, 0), socketName("echo", 2, 1), keeperName(1), keeperName(2)}
+	slices.Sort(both)
+	m.until("gen 1 has left the store", func() bool { return slices.Equal(m.names(), both) })
+	m.until("gen 1 drains", func() bool { return m.bankOf(1).State == control.Draining })
+	m.ctl.Flip(m.bank[1])
+	m.hears("gen 1 serving; gen 2 failed: rolled back")
+	m.until("gen 1 is stored again, and gen 2 is not", func() bool { return slices.Equal(m.names(), all) })
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m.hears("WATCHDOG=1")
+	// The next decoy has them from the store.
+	second.leaves()
+	third, _ := m.begun()
+	m.until("gen 1 has left the store once more", func() bool {
+		return !slices.ContainsFunc(m.names(), func(name string) bool { return strings.HasPrefix(name, "grm.echo.1.") })
+	})
+	m.ctl.Flip(m.bank[1])
+	m.until("and is in it again", func() bool {
+		return slices.Contains(m.names(), socketName("echo", 1, sockets-1))
+	})
+	third.leaves()
+}
+
 // What waits in a socket that the server has closed keeps nobody waiting, and
 // is said once.
 func TestClosedSocketDoesNotKeepTheDrain(t *testing.T) {

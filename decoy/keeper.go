@@ -608,8 +608,23 @@ func (k *keeper) fromDecoy() error {
 				k.fail("told to end before it was ready")
 			}
 		case msgLook: // to be woken is all
+		case msgGive:
+			if from, err := strconv.Atoi(p.text); err == nil && from >= 0 {
+				k.give(from)
+			}
 		}
 	}
+}
+
+// give hands sockets to the decoy. Without an answer, or with an empty one, it
+// asks for no more.
+func (k *keeper) give(from int) {
+	var names []string
+	var fds []int
+	for i := from; i < min(from+atOnce, len(k.sockets)); i++ {
+		names, fds = append(names, k.sockets[i].name), append(fds, k.sockets[i].fd)
+	}
+	k.tell(msgGiven, strings.Join(names, "\n"), fds...)
 }
 
 // attach makes the process with that pid the one that speaks for this instance.

@@ -25,6 +25,7 @@ const (
 	msgSignal = 's' // to the server: a signal's number
 	msgEnd    = 'e' // end a server that is not ready
 	msgLook   = 'c' // look at the control map now
+	msgGive   = 'k' // give your sockets from this index on, for the fd store
 
 	// From the keeper.
 	msgReady  = 'r' // the server is ready, and the flip done
@@ -32,7 +33,11 @@ const (
 	msgStatus = 't' // what the server says of itself
 	msgFailed = 'f' // this instance failed, and why
 	msgGone   = 'g' // the server drains by itself: start another
+	msgGiven  = 'k' // sockets: their names, one a line, and descriptors
 )
+
+// atOnce is how many sockets go in one message, whose names then fit.
+const atOnce = 32
 
 // newLink makes both ends.
 func newLink() (decoys, keepers int, err error) {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -19,6 +20,8 @@ const (
 	// look is how often a decoy looks at the control map, which is also how
 	// often its status line may change.
 	look = time.Second
+	// sayWhy is how long a keeper may take to say why it has made way.
+	sayWhy = 300 * time.Millisecond
 	// barrier bounds the wait for systemd before the end.
 	barrier = 2 * time.Second
 )
@@ -69,6 +72,8 @@ type decoy struct {
 	says     string // the server's own status
 	shown    string // the last STATUS=
 	nextLook timer
+	// overtaken is when to stop waiting for the reason why another instance works; 0: none does.
+	overtaken timer
 }
 
 func runDecoy(o Options, st stage) (int, error) {
@@ -333,6 +338,7 @@ func (d *decoy) speakFor(bank int) error {
 		}
 		d.loop.add(fd, d.fromKeeper)
 		d.link.send(msgHello, "")
+		d.storeAgain()
 	}
 	d.ctl.SetPlan(control.Plan{Verb: control.StandIn, Bank: bank})
 	return nil
@@ -401,7 +407,14 @@ func (d *decoy) look(now time.Duration) {
 	if d.phase == attempting && b.State == control.Serving && b.ReadyAt != 0 && d.ctl.Working() == d.bank {
 		d.ready() // its message found the link full
 	}
-	if head := d.ctl.Working(); d.phase == speaking && head >= 0 && head != d.bank && d.ctl.Bank(head).State == control.Serving {
+	switch head := d.ctl.Working(); {
+	case d.phase != speaking || head < 0 || head == d.bank || d.ctl.Bank(head).State != control.Serving:
+		d.overtaken = 0
+	case d.overtaken == 0:
+		// The keeper of an instance that failed makes way first, and then says why.
+		d.overtaken = timer(now + sayWhy)
+		d.nextLook = min(d.nextLook, d.overtaken)
+	case d.overtaken.due(now):
 		d.goBack(rolledBack)
 	}
 	d.forget(now)
@@ -427,9 +440,10 @@ func (d *decoy) goBack(reason string) bool {
 	return true
 }
 
-// forget takes out of the fd store what belongs to instances that are gone or
-// that will not be needed again: the older ones once the watch is over, so that
-// nothing stored is left unread.
+// forget takes out of the fd store what belongs to instances that are gone, and
+// the sockets of older ones once the watch is over, so that nothing stored is
+// left unread. The link to an older keeper stays: an operator may make its
+// instance the working one again.
 func (d *decoy) forget(now time.Duration) {
 	settled := d.phase == speaking && now >= d.ctl.Bank(d.bank).WatchUntil
 	for generation := range d.stored {
@@ -437,17 +451,68 @@ func (d *decoy) forget(now time.Duration) {
 			continue
 		}
 		bank := d.ctl.FindGeneration(generation)
-		if settled || bank < 0 || d.ctl.Bank(bank).State == control.Ended {
+		switch {
+		case bank < 0 || d.ctl.Bank(bank).State == control.Ended:
 			d.forgetGeneration(generation)
+		case settled:
+			d.stored[generation] = slices.DeleteFunc(d.stored[generation], func(name string) bool {
+				socket := isSocket(name)
+				if socket {
+					d.unstore(name)
+				}
+				return socket
+			})
 		}
 	}
 }
 
+func isSocket(name string) bool {
+	_, _, _, ok := parseSocketName(name)
+	return ok
+}
+
+func (d *decoy) unstore(name string) {
+	if err := d.conn.Forget(name); err != nil {
+		say("%v", err)
+	}
+}
+
+// storeAgain asks the keeper for those sockets of its instance that have left
+// the fd store, one message after the other: what works is to find them there
+// if its server crashes.
+func (d *decoy) storeAgain() {
+	n := 0
+	for _, name := range d.stored[d.generation] {
+		if isSocket(name) {
+			n++
+		}
+	}
+	d.link.send(msgGive, strconv.Itoa(n))
+}
+
+// given stores what the keeper gave.
+func (d *decoy) given(p parcel) {
+	names, stored := strings.Split(p.text, "\n"), d.stored[d.generation]
+	if len(names) != len(p.fds) {
+		return // none
+	}
+	for i, name := range names {
+		if _, generation, _, ok := parseSocketName(name); !ok || generation != d.generation || slices.Contains(stored, name) {
+			return
+		}
+		if err := d.conn.Store(name, p.fds[i]); err != nil {
+			say("%v", err)
+			return
+		}
+		stored = append(stored, name)
+		d.stored[d.generation] = stored
+	}
+	d.storeAgain()
+}
+
 func (d *decoy) forgetGeneration(generation uint64) {
 	for _, name := range d.stored[generation] {
-		if err := d.conn.Forget(name); err != nil {
-			say("%v", err)
-		}
+		d.unstore(name)
 	}
 	delete(d.stored, generation)
 	if fd, found := d.in.keepers[generation]; found {
@@ -483,6 +548,8 @@ func (d *decoy) message(p parcel) {
 		d.tell(p.text, p.fds...)
 	case msgStatus:
 		d.says = p.text
+	case msgGiven:
+		d.given(p)
 	case msgFailed:
 		if d.phase == speaking {
 			d.goBack(p.text)

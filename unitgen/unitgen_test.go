@@ -250,7 +250,7 @@ func TestLimits(t *testing.T) {
 	if got := p["Service.LimitNOFILE"]; !slices.Equal(got, []string{"2051:524288"}) {
 		t.Errorf("LimitNOFILE: %q", got)
 	}
-	if got := p["Service.FileDescriptorStoreMax"]; !slices.Equal(got, []string{"1042"}) {
+	if got := p["Service.FileDescriptorStoreMax"]; !slices.Equal(got, []string{"1074"}) {
 		t.Errorf("FileDescriptorStoreMax: %q", got)
 	}
 	if p, _ := parseUnit(string(mustRender(t, mustParse(t, ""), Options{SystemdVersion: 252}))); p["Service.LimitNOFILE"] != nil {

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"grm/inspect"
 	"grm/test/box"
 	"grm/test/install"
@@ -285,6 +287,44 @@ func TestRollback(t *testing.T) {
 		t.Errorf("after a restart generation %d works", s.Working)
 	}
 	d.end(g)
+}
+
+// After the watch the older generation's sockets are not stored any more. If it is made to work again they are, so that
+// nothing is lost if its server crashes.
+func TestRollbackAfterTheWatch(t *testing.T) {
+	d := newDesk(t, "1s")
+	g := d.load(forever)
+	d.restart()
+	s := d.states("2 working, 1 draining")
+	older := s.Generations[1].Server.PID
+	stored := func(what string, want int) {
+		d.Helper()
+		d.must(d.Wait(what, func() (bool, error) {
+			n, err := d.FDStore(d.echo.Unit)
+			return n == want, err
+		}))
+	}
+	const others = 2 + 2 // control map and flow table, a link to each keeper
+	stored("only the new sockets are stored", 2+others)
+	d.does([]string{"rollback", "echo"}, "echo: generation 1 takes new flows; generation 2 drains")
+	d.states("2 dead, 1 working") // the newer one had no flows
+	stored("only the old sockets are stored", 2+others-1)
+	procs, err := d.echo.Processes()
+	d.must(err)
+	g.Gone(strconv.Itoa(older))
+	g.Mark("crash")
+	d.must(procs.Servers[0].Kill(unix.SIGKILL))
+	d.must(d.Wait("another process has its sockets", func() (bool, error) {
+		procs, err := d.echo.Processes()
+		return err == nil && len(procs.Servers) == 1 && procs.Servers[0].BoxPid != older, nil
+	}))
+	if s := d.status(); s.Working != 1 {
+		t.Errorf("generation %d works", s.Working)
+	}
+	// What waited is answered: all is lost that the dead process had read, one datagram for each socket.
+	if r, err := g.Stop(); err != nil || r.Lost > 2 {
+		t.Errorf("%v, %v", r, err)
+	}
 }
 
 func TestDrain(t *testing.T) {

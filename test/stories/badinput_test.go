@@ -99,11 +99,11 @@ func TestUnfit(t *testing.T) {
 		bad{"bpffs that cannot be mounted", func(v *service) { shell("umount /sys/fs/bpf")(v); lacksChroot(v) }, shell("mount -t bpf -o mode=700 bpf /sys/fs/bpf"), activate.StatusUnfit,
 			"mount bpffs at /sys/fs/bpf: enter the service manager's mount namespace: operation not permitted (have an administrator mount it before: mount -t bpf bpf /sys/fs/bpf)"},
 		bad{"no fd store", dropIn("FileDescriptorStoreMax=0"), nil, activate.StatusUnfit,
-			"unit echo.service: FileDescriptorStoreMax= is not set (write FileDescriptorStoreMax=528)"},
+			"unit echo.service: FileDescriptorStoreMax= is not set (write FileDescriptorStoreMax=561)"},
 		bad{"neither", dropIn("NotifyAccess=main", "FileDescriptorStoreMax=0"), nil, activate.StatusUnfit,
-			"unit echo.service: NotifyAccess=main makes systemd ignore the sockets that ExecStartPre= stores (write NotifyAccess=all); FileDescriptorStoreMax= is not set (write FileDescriptorStoreMax=528)"},
+			"unit echo.service: NotifyAccess=main makes systemd ignore the sockets that ExecStartPre= stores (write NotifyAccess=all); FileDescriptorStoreMax= is not set (write FileDescriptorStoreMax=561)"},
 		bad{"too small an fd store", dropIn("FileDescriptorStoreMax=2"), nil, activate.StatusUnfit,
-			"unit echo.service: FileDescriptorStoreMax=2 is too small: 0 descriptors are stored, 3 more are to come (write FileDescriptorStoreMax=528)"})
+			"unit echo.service: FileDescriptorStoreMax=2 is too small: 0 descriptors are stored, 3 more are to come (write FileDescriptorStoreMax=561)"})
 	s := newStory(t)
 	echo := s.install("echo", quickly("0s")...)
 	for _, row := range rows {
