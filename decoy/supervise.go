@@ -119,6 +119,9 @@ func (d *decoy) begin() error {
 	for _, fd := range d.in.flows {
 		d.flows.tables = append(d.flows.tables, fd)
 	}
+	for generation, fd := range d.in.keepers {
+		d.hold(generation, fd)
+	}
 	d.stored = map[uint64][]string{}
 	for generation, sockets := range d.in.sockets {
 		for _, s := range sockets {
@@ -266,9 +269,9 @@ func (d *decoy) adopt(b int) (process, error) {
 		return process{}, err
 	}
 	if old, found := d.in.keepers[bank.Generation]; found {
-		_ = unix.Close(old) // nobody is at the other end
+		d.release(bank.Generation, old)
 	}
-	d.in.keepers[bank.Generation] = fd
+	d.hold(bank.Generation, fd)
 	d.ctl.SetPids(b, keeper.pid, bank.Server)
 	return keeper, nil
 }
@@ -327,6 +330,7 @@ func (d *decoy) speakFor(bank int) error {
 	d.loop.add(p.pidfd, d.keeperEnded)
 	d.bank, d.generation, d.says = bank, b.Generation, ""
 	if fd, found := d.in.keepers[b.Generation]; found {
+		d.loop.remove(fd)
 		delete(d.in.keepers, b.Generation)
 		d.link = openLink(fd)
 		for { // what was meant for decoys before this one
@@ -516,9 +520,33 @@ func (d *decoy) forgetGeneration(generation uint64) {
 	}
 	delete(d.stored, generation)
 	if fd, found := d.in.keepers[generation]; found {
-		_ = unix.Close(fd) // nobody speaks for it any more
-		delete(d.in.keepers, generation)
+		d.release(generation, fd)
 	}
+}
+
+// hold keeps the link to the keeper of an older instance, and looks when it ends.
+func (d *decoy) hold(generation uint64, fd int) {
+	d.in.keepers[generation] = fd
+	d.loop.add(fd, func() error {
+		l := openLink(fd)
+		for {
+			p, ok, err := l.receive()
+			if err != nil { // its keeper has ended
+				d.release(generation, fd)
+				d.nextLook = after(0)
+			}
+			if !ok {
+				return nil
+			}
+			p.close() // nobody speaks for it
+		}
+	})
+}
+
+func (d *decoy) release(generation uint64, fd int) {
+	d.loop.remove(fd)
+	_ = unix.Close(fd) // nobody speaks for it any more
+	delete(d.in.keepers, generation)
 }
 
 // fromKeeper takes the messages of the keeper.

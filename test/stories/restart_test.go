@@ -39,9 +39,7 @@ func TestFiftyRestarts(t *testing.T) {
 		}
 	}
 	echo.drained()
-	if n, err := s.FDStore(echo.Unit); err != nil || n > 4 {
-		t.Errorf("%d descriptors are in the store, %v", n, err)
-	}
+	echo.stores(4)
 	s.must(echo.Stop())
 	s.nothingLeft(echo)
 }

@@ -197,10 +197,8 @@ func TestNothingLeaks(t *testing.T) {
 	g := echo.load(func(o *load.Options) { o.Pace, o.Length = 100*time.Millisecond, 10 })
 	count := func() map[string]int {
 		echo.drained()
+		echo.stores(4)
 		c := map[string]int{}
-		var err error
-		c["fd store"], err = s.FDStore(echo.Unit)
-		s.must(err)
 		pins, err := s.BPFFS()
 		s.must(err)
 		c["pins"] = len(pins)

@@ -234,13 +234,28 @@ func (v *service) processes() rig.Processes {
 	return procs
 }
 
-// drained waits until only one instance is left, with nothing but its own sockets in the fd store.
+// drained waits until only one instance is left.
 func (v *service) drained() {
 	v.s.Helper()
 	v.s.must(v.s.Wait(v.Unit+" has only one instance", func() (bool, error) {
 		procs, err := v.Processes()
 		return len(procs.Servers) == 1 && len(procs.Keepers) == 1 && procs.Decoy != nil, err
 	}))
+}
+
+// stores waits until so many descriptors are in the fd store: for an instance alone the control map, the link to its keeper, a flow table and
+// its sockets.
+func (v *service) stores(want int) {
+	v.s.Helper()
+	var n int
+	err := v.s.Wait(fmt.Sprintf("%s stores %d descriptors", v.Unit, want), func() (bool, error) {
+		var err error
+		n, err = v.s.FDStore(v.Unit)
+		return n == want, err
+	})
+	if err != nil {
+		v.s.Fatalf("%v: there are %d", err, n)
+	}
 }
 
 // statusHas waits until the unit's status line has all of the parts.
