@@ -101,22 +101,13 @@ func (r *run) checkSettings() error {
 	if a := r.unit.NotifyAccess; a != "all" && a != "exec" {
 		wrong = append(wrong, fmt.Sprintf("NotifyAccess=%s makes systemd ignore the sockets that ExecStartPre= stores (write NotifyAccess=all)", a))
 	}
-	if need := r.storeNeed(); r.unit.StoreMax == 0 {
-		wrong = append(wrong, fmt.Sprintf("FileDescriptorStoreMax= is not set (write FileDescriptorStoreMax=%d)", need))
+	if r.unit.StoreMax == 0 {
+		wrong = append(wrong, fmt.Sprintf("FileDescriptorStoreMax= is not set (write FileDescriptorStoreMax=%d)", config.FileDescriptorStoreMax(len(r.Listeners))))
 	}
 	if len(wrong) > 0 {
 		return unfit(fmt.Errorf("unit %s: %s", r.Unit, strings.Join(wrong, "; ")))
 	}
 	return nil
-}
-
-// storeNeed is a FileDescriptorStoreMax= that does for an old and a new generation.
-func (r *run) storeNeed() int {
-	n := config.FDsOfItsOwn
-	for _, l := range r.Listeners {
-		n += 2*max(config.MaxSockets, int(l.Sockets)) + 1
-	}
-	return n
 }
 
 // checkRoom says whether the fd store has room for the new generation's
@@ -150,7 +141,7 @@ func (s *start) checkRoom() error {
 		return err
 	}
 	return unfit(fmt.Errorf("unit %s: FileDescriptorStoreMax=%d is too small: %d descriptors are stored, %d more are to come (write FileDescriptorStoreMax=%d)",
-		s.Unit, s.unit.StoreMax, s.unit.Stored, more, max(s.storeNeed(), int(s.unit.Stored)+more)))
+		s.Unit, s.unit.StoreMax, s.unit.Stored, more, max(config.FileDescriptorStoreMax(len(s.Listeners)), int(s.unit.Stored)+more)))
 }
 
 // owner is the server's uid, and the user's name.

@@ -9,14 +9,14 @@ import (
 	"strings"
 )
 
-// FDsOfItsOwn is what the fd store holds besides sockets and flow tables, at most: the control map, a link to the keeper
+// fdsOfItsOwn is what the fd store holds besides sockets and flow tables, at most: the control map, a link to the keeper
 // of each of 32 generations, and 15 that are the server's.
-const FDsOfItsOwn = 48
+const fdsOfItsOwn = 48
 
-// FileDescriptorStoreMax is the least size of the fd store: two generations of every listener at their largest, because
-// the old and the new one are in it together for a moment, the flow tables, and the few others.
-func (s *Service) FileDescriptorStoreMax() int {
-	return len(s.Listen)*MaxSockets*2 + len(s.Listen) + FDsOfItsOwn
+// FileDescriptorStoreMax is the least size of the fd store of a service with so many listeners: two generations of each
+// at their largest, because the old and the new one are in it together for a moment, its flow table, and the few others.
+func FileDescriptorStoreMax(listeners int) int {
+	return listeners*(2*MaxSockets+1) + fdsOfItsOwn
 }
 
 // guard is why a directive is not for the pass-through. A guard without allow refuses every value.
@@ -91,7 +91,7 @@ func storeIsLargeEnough(values []string, s *Service) bool {
 		return false
 	}
 	n, err := strconv.Atoi(values[0])
-	return err == nil && n >= s.FileDescriptorStoreMax() && n <= math.MaxInt32
+	return err == nil && n >= FileDescriptorStoreMax(len(s.Listen)) && n <= math.MaxInt32
 }
 
 func keepsRuntimeDirectory(values []string, s *Service) bool {
@@ -114,7 +114,7 @@ func checkDirective(section, key string, values []string, s *Service) error {
 	}
 	why := g.why
 	if key == "FileDescriptorStoreMax" {
-		why += fmt.Sprintf(", %d at least", s.FileDescriptorStoreMax())
+		why += fmt.Sprintf(", %d at least", FileDescriptorStoreMax(len(s.Listen)))
 	}
 	return problemf(g.hint, "[%s] %s= is not free: %s", section, key, why)
 }

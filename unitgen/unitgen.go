@@ -164,7 +164,7 @@ func mechanism(u *unit, s *config.Service, o Options) {
 	u.set("grm-activate stores the sockets, the decoy tells that the server is ready: main alone would drop the sockets.",
 		"NotifyAccess", "all")
 	u.set("Room for two generations of sockets, old and new: systemd drops what does not fit without a word.",
-		"FileDescriptorStoreMax", strconv.Itoa(s.FileDescriptorStoreMax()))
+		"FileDescriptorStoreMax", strconv.Itoa(config.FileDescriptorStoreMax(len(s.Listen))))
 	if n := stored(s); n > usualFiles {
 		u.set("The sockets alone are more than the usual 1024 files of a process.",
 			"LimitNOFILE", fmt.Sprintf("%d:524288", n+1024))
