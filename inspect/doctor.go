@@ -125,13 +125,19 @@ func (h host) bpffs() Finding {
 func (h host) cgroup() Finding {
 	const path = "/sys/fs/cgroup"
 	const advice = "grm needs the unified hierarchy there: boot with systemd.unified_cgroup_hierarchy=1 on the kernel's command line"
-	switch magic, err := h.magic(h.root + path); {
-	case err != nil:
+	magic, err := h.magic(h.root + path)
+	if err != nil {
 		return Finding{"cgroup v2", Bad, err.Error(), advice}
-	case magic != unix.CGROUP2_SUPER_MAGIC:
-		return Finding{"cgroup v2", Bad, path + " is not cgroup v2", advice}
 	}
-	return Finding{Check: "cgroup v2", Level: Fine, Found: path}
+	if magic == unix.CGROUP2_SUPER_MAGIC {
+		return Finding{Check: "cgroup v2", Level: Fine, Found: path}
+	}
+	// Beside the old hierarchies it does as well: package proc looks there too.
+	const beside = path + "/unified"
+	if magic, err := h.magic(h.root + beside); err == nil && magic == unix.CGROUP2_SUPER_MAGIC {
+		return Finding{Check: "cgroup v2", Level: Fine, Found: beside}
+	}
+	return Finding{"cgroup v2", Bad, path + " is not cgroup v2", advice}
 }
 
 func (h host) manager() Finding {

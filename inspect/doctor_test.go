@@ -66,6 +66,15 @@ func TestExamine(t *testing.T) {
 		"cgroup v1": {func(h *host) {
 			h.magic = func(string) (int64, error) { return unix.TMPFS_MAGIC, nil }
 		}, "cgroup v2", Bad, "not cgroup v2", "systemd.unified_cgroup_hierarchy=1"},
+		"hybrid cgroups": {func(h *host) {
+			magic := h.magic
+			h.magic = func(path string) (int64, error) {
+				if strings.HasSuffix(path, "/cgroup") {
+					return unix.TMPFS_MAGIC, nil
+				}
+				return magic(path)
+			}
+		}, "cgroup v2", Fine, "/sys/fs/cgroup/unified", ""},
 		"no cgroups":  {func(h *host) { h.magic = func(string) (int64, error) { return 0, unix.ENOENT } }, "cgroup v2", Bad, "no such file", ""},
 		"old systemd": {func(h *host) { h.systemd = func() (string, error) { return "systemd 247 (x)", nil } }, "systemd", Bad, "247", "252 or later"},
 		"no systemd":  {func(h *host) { h.systemd = func() (string, error) { return "", errors.New("not found") } }, "systemd", Bad, "not found", "install systemd"},
