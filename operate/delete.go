@@ -30,11 +30,11 @@ const (
 // was. What is alive is refused with ErrLive; with force a service's unit is
 // stopped and its processes are ended first.
 func Delete(name string, force bool) ([]string, error) {
-	if strings.Contains(name, "://") {
-		return deleteGroup(name)
-	}
-	if err := config.CheckName(name); err != nil {
-		return nil, fmt.Errorf("delete %q: %w", name, err)
+	group := strings.Contains(name, "://")
+	if !group {
+		if err := config.CheckName(name); err != nil {
+			return nil, fmt.Errorf("delete %q: %w", name, err)
+		}
 	}
 	r, err := inspect.Read()
 	if err != nil {
@@ -42,6 +42,9 @@ func Delete(name string, force bool) ([]string, error) {
 	}
 	if !r.Complete {
 		return nil, fmt.Errorf("delete %s: %w", name, fs.ErrPermission)
+	}
+	if group {
+		return deleteGroup(name)
 	}
 	for _, s := range r.Services {
 		if s.Name != name {
@@ -295,12 +298,22 @@ func leave(group inspect.Group, s inspect.Service, app int) (removed bool, err e
 
 // deleteGroup removes a group that no service uses.
 func deleteGroup(name string) (removed []string, err error) {
-	r, err := inspect.Read()
+	dir, err := state.Open(state.Root)
 	if err != nil {
 		return nil, err
 	}
-	if !r.Complete {
-		return nil, fmt.Errorf("delete %s: %w", name, fs.ErrPermission)
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	// Services join and leave a group that they share while they hold this lock.
+	lock, err := dir.Lock(ctx, "+groups")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, lock.Remove()) }()
+	r, err := inspect.Read()
+	if err != nil {
+		return nil, err
 	}
 	for _, g := range r.Groups {
 		if g.Name == name && len(g.Services) > 0 {

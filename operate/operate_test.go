@@ -341,7 +341,7 @@ func TestDeleteBesideAStart(t *testing.T) {
 		_, err := Delete("echo", false)
 		done <- err
 	}()
-	for deadline := time.Now().Add(20 * time.Second); lockFiles(t) < 2; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); lockFiles(t, "echo") < 2; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the delete does not come to wait")
 		}
@@ -354,12 +354,34 @@ func TestDeleteBesideAStart(t *testing.T) {
 	a.report() // it is all there
 }
 
-// lockFiles is how often this process has the service's lock file open.
-func lockFiles(t *testing.T) (n int) {
+// The same of a group.
+func TestDeleteGroupBesideAStart(t *testing.T) {
+	a := newService(t)
+	lock, err := a.dir.Lock(context.Background(), "+groups")
+	check(t, err)
+	done := make(chan error)
+	go func() {
+		_, err := Delete("udp://"+address, false)
+		done <- err
+	}()
+	for deadline := time.Now().Add(20 * time.Second); lockFiles(t, "+groups") < 2; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the delete does not come to wait")
+		}
+	}
+	a.generation(0, 1)
+	check(t, lock.Remove())
+	if err := <-done; !errors.Is(err, ErrLive) {
+		t.Errorf("it was deleted: %v", err)
+	}
+}
+
+// lockFiles is how often this process has a lock file open.
+func lockFiles(t *testing.T, name string) (n int) {
 	fds, err := os.ReadDir("/proc/self/fd")
 	check(t, err)
 	for _, fd := range fds {
-		if link, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && link == state.Root+"/echo.lock" {
+		if link, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && link == state.Root+"/"+name+".lock" {
 			n++
 		}
 	}
