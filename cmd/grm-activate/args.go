@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"strconv"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"golang.org/x/net/bpf"
+	"golang.org/x/sys/unix"
 
 	"grm/activate"
 	"grm/bpfprog/cbpf"
@@ -247,6 +249,27 @@ func (p *parsed) add(l config.Listener) error {
 // takes says whether a dual-stack listener would be bound to another one's IPv4 address.
 func takes(l, other config.Listener) bool { return l.DualStack && other.Address.Addr().Is4() }
 
+// maxProgram is more than the longest program needs in any form.
+const maxProgram = 1 << 20
+
+// readProgram reads a file that the service's user may be able to replace: a
+// pipe would keep root waiting, and a device would have no end.
+func readProgram(file string) ([]byte, error) {
+	f, err := os.OpenFile(file, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("%w (put the program there, or name another file)", err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() || info.Size() > maxProgram {
+		return nil, fmt.Errorf("%s is no file of at most %d bytes (name one that tcpdump -ddd or bpf_asm has written)", file, maxProgram)
+	}
+	return io.ReadAll(io.LimitReader(f, maxProgram))
+}
+
 // readPrograms reads the files of the listeners' cBPF programs.
 func readPrograms(ls []config.Listener) error {
 	for i := range ls {
@@ -254,7 +277,7 @@ func readPrograms(ls []config.Listener) error {
 		if p.File == "" {
 			continue
 		}
-		text, err := os.ReadFile(p.File)
+		text, err := readProgram(p.File)
 		if err != nil {
 			return fmt.Errorf("program of %s: %w", ls[i].Address, err)
 		}

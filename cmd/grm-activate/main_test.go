@@ -6,6 +6,7 @@ import (
 	"os"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -141,8 +142,21 @@ func TestMisuse(t *testing.T) {
 func TestPrograms(t *testing.T) {
 	file := t.TempDir() + "/x.bpf"
 	ls := []config.Listener{{}, {Program: config.Program{File: file}}}
-	if err := readPrograms(ls); !errors.Is(err, os.ErrNotExist) {
+	if err := readPrograms(ls); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "(put the program there, or name another file)") {
 		t.Errorf("no file: %v", err)
+	}
+	if err := syscall.Mkfifo(file, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, other := range []string{file, "/dev/zero", "/"} {
+		ls[1].Program.File = other
+		if err := readPrograms(ls); err == nil || !strings.Contains(err.Error(), other+" is no file of at most") {
+			t.Errorf("%s: %v", other, err)
+		}
+	}
+	ls[1].Program.File = file
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
 	}
 	if err := os.WriteFile(file, []byte("garbage"), 0o600); err != nil {
 		t.Fatal(err)
