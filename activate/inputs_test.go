@@ -153,7 +153,7 @@ func TestWrongInputs(t *testing.T) {
 		"another user while one lives": {udp, true, func(t *testing.T, f *fixture) { f.req.User = "daemon" },
 			StatusConflict, []string{"user: the sockets of 1 living instances belong to uid 65534 (nobody)", "would to 1 (daemon)", "stop the service, then start it, or set the user back"}},
 		"another dissector while one lives": {udp, true, func(t *testing.T, f *fixture) { f.listen("echo", udp+"?dissector=noop") },
-			StatusConflict, []string{"group udp://127.0.0.1:5201", "dissector is flow, not noop", "stop the service, then start it"}},
+			StatusConflict, []string{"group udp://127.0.0.1:5201", "dissector is flow, not noop", "set them back, or stop the service, then start it"}},
 		"another table while one lives": {udp, true, func(t *testing.T, f *fixture) { f.listen("echo", udp+"?flows=2048&timeout=5s") },
 			StatusConflict, []string{"timeout is 2m4s, not 5s", "flows is 65536, not 2048"}},
 		"group of another service": {udp, true, func(t *testing.T, f *fixture) { f.req.Service = "other"; f.req.Listeners[0].Name = "other" },
@@ -269,6 +269,22 @@ func TestClampedBuffer(t *testing.T) {
 	must(t, err)
 	if len(warnings) != 1 || !strings.Contains(warnings[0], "udp://127.0.0.1:5202: the receive buffer has") || !strings.Contains(warnings[0], "net.core.rmem_max=16777216") {
 		t.Errorf("warnings: %q", warnings)
+	}
+}
+
+func TestPrivilegedPort(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	l, err := config.ParseListener("udp://127.0.0.1:80", config.DefaultListener())
+	must(t, err)
+	err = withoutCapability(t, unix.CAP_NET_BIND_SERVICE, func() error {
+		_, err := openSocket(l, 65534, func(string) {})
+		return err
+	})
+	const says = "bind udp://127.0.0.1:80: permission denied (the port needs CAP_NET_BIND_SERVICE: run it as root, in a unit with ExecStartPre=+)"
+	if err == nil || err.Error() != says {
+		t.Errorf("%v, want %s", err, says)
 	}
 }
 

@@ -587,7 +587,7 @@ func (s *start) replaceGroup(g *bpfprog.Group, l config.Listener, differs error)
 			return err
 		}
 		if lives && app == l.App {
-			return conflict(fmt.Errorf("%w, and instances live that go by the old settings (stop the service, then start it)", differs))
+			return conflict(fmt.Errorf("%w, and instances live that go by the old settings (set them back, or stop the service, then start it)", differs))
 		}
 		if lives {
 			return conflict(fmt.Errorf("%w, and another service has sockets there, as app %d (give both services the same settings)", differs, app))

@@ -117,13 +117,12 @@ func (s stage) become(o Options) (int, error) {
 	}
 	err = syscall.Exec(path, argv, env.own(os.Getpid()))
 	if errors.Is(err, fs.ErrNotExist) && exists(path) {
-		return ExitCannotExec, fmt.Errorf("run %s: its interpreter does not exist", path)
+		return ExitCannotExec, fmt.Errorf("run %s: its interpreter does not exist (install the one that it names)", path)
 	}
-	status := ExitCannotExec
 	if errors.Is(err, fs.ErrNotExist) {
-		status = ExitNotFound
+		return ExitNotFound, fmt.Errorf("run %s: %w (install it, or correct the command)", path, err)
 	}
-	return status, fmt.Errorf("run %s: %w", path, err)
+	return ExitCannotExec, fmt.Errorf("run %s: %w (it has to be a program that the service's user may execute)", path, err)
 }
 
 func exists(path string) bool {

@@ -92,11 +92,11 @@ func TestNoSuchServer(t *testing.T) {
 		status  int
 		message string
 	}{
-		{"/nonexistent/server", 127, "run /nonexistent/server: no such file or directory"},
+		{"/nonexistent/server", 127, "run /nonexistent/server: no such file or directory (install it, or correct the command)"},
 		{"no-such-server", 127, "run no-such-server: file does not exist in PATH="},
-		{"/etc/passwd", 126, "run /etc/passwd: permission denied"},
+		{"/etc/passwd", 126, "run /etc/passwd: permission denied (it has to be a program that the service's user may execute)"},
 		{"/tmp", 126, "run /tmp: permission denied"},
-		{script, 126, "run " + script + ": its interpreter does not exist"},
+		{script, 126, "run " + script + ": its interpreter does not exist (install the one that it names)"},
 	} {
 		m.o.Command = []string{c.command}
 		r := m.start()

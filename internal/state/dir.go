@@ -223,7 +223,7 @@ func (d *Dir) take(ctx context.Context, fd int, name string) (bool, error) {
 		}
 		select {
 		case <-ctx.Done():
-			return false, fmt.Errorf("another start or stop of the service is under way: %w", context.Cause(ctx))
+			return false, fmt.Errorf("another start or stop is under way: %w (see which one holds it: lslocks; then try again)", context.Cause(ctx))
 		case <-time.After(5 * time.Millisecond):
 		}
 	}

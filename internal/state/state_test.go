@@ -214,7 +214,8 @@ func TestLock(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	if _, err := d.Lock(ctx, "echo"); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "echo.lock") {
+	if _, err := d.Lock(ctx, "echo"); !errors.Is(err, context.DeadlineExceeded) ||
+		!strings.Contains(err.Error(), "echo.lock: another start or stop is under way") || !strings.Contains(err.Error(), "(see which one holds it: lslocks; then try again)") {
 		t.Fatalf("a second lock: %v", err)
 	}
 	other, err := d.Lock(t.Context(), "other")
