@@ -47,6 +47,13 @@ func FuzzEnvironment(f *testing.F) {
 	f.Add("LISTEN_PID=1\nA=b\nLISTEN_PID=2\nLISTEN_FDS=1", "x")
 	f.Fuzz(func(t *testing.T, text, name string) {
 		base := environ(strings.Split(text, "\n"))
+		if fds, err := listenFDs(base, 9); err == nil {
+			for i, d := range fds {
+				if d.fd != 3+i || strings.Contains(d.name, ":") {
+					t.Fatalf("descriptor %d of %q is %+v", i, base, d)
+				}
+			}
+		}
 		got := base.forServer(stage{}, []string{name}, "@n").own(9)
 		counts := map[string]int{}
 		for _, kv := range got {
@@ -138,6 +145,28 @@ func FuzzSocketName(f *testing.F) {
 		listener, generation, index, ok := parseSocketName(name)
 		if ok && socketName(listener, generation, index) != name {
 			t.Fatalf("%q is %q, %d, %d", name, listener, generation, index)
+		}
+	})
+}
+
+// FuzzGiven: whatever names a keeper gives with its sockets, a decoy stores
+// each once, and only those of the generation that it speaks for.
+func FuzzGiven(f *testing.F) {
+	f.Add("grm.web.7.0\ngrm.web.7.1", uint8(2))
+	f.Add("grm.web.7.0\ngrm.web.7.0\ngrm.ctl", uint8(3))
+	f.Add("grm.web.6.0", uint8(1))
+	f.Fuzz(func(t *testing.T, text string, descriptors uint8) {
+		d := &decoy{generation: 7, link: openLink(-1), stored: map[uint64][]string{}}
+		d.given(parcel{what: msgGiven, text: text, fds: make([]int, descriptors)})
+		seen := map[string]bool{}
+		for _, name := range d.stored[7] {
+			if _, generation, _, ok := parseSocketName(name); !ok || generation != 7 || seen[name] {
+				t.Fatalf("%q came into the fd store of generation 7: %q", text, d.stored[7])
+			}
+			seen[name] = true
+		}
+		if len(d.stored) > 1 || len(seen) > int(descriptors) {
+			t.Fatalf("%d descriptors, stored %v", descriptors, d.stored)
 		}
 	})
 }

@@ -2,6 +2,7 @@ package proc
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -10,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -298,17 +300,47 @@ func TestSocketInodes(t *testing.T) {
 	}
 }
 
-// FuzzSocketLine: whatever the line, a port and a state stay in their range,
-// and what is found is found again in what the kernel would print for it.
+// FuzzSocketLine: whatever the line, what is found in it is found again in what
+// the kernel would print for that.
 func FuzzSocketLine(f *testing.F) {
 	f.Add([]byte("  12: 0100007F:1451 00000000:0000 07 00000000:00000000 00:00000000 00000000  1000        0 4711 2 0000000000000000 0"))
 	f.Add([]byte("  12: 00000000000000000000000001000000:01BB 00000000000000000000000000000000:0000 0A 0:0 00:0 0 0 0 99 1"))
 	f.Fuzz(func(t *testing.T, line []byte) {
 		s, ok := parseSocket(line)
-		if ok && (!s.local.IsValid() || s.state < 0 || s.state > 255 || s.uid < 0) {
-			t.Fatalf("%q: %+v", line, s)
+		if !ok {
+			return
 		}
-		statField(line, 4)
-		socketInode(line)
+		raw := s.local.Addr().AsSlice()
+		for word := range slices.Chunk(raw, 4) {
+			if littleEndian {
+				slices.Reverse(word)
+			}
+		}
+		printed := fmt.Sprintf("  1: %X:%04X 0:0 %02X 0:0 0:0 0 %d 0 %d 2", raw, s.local.Port(), s.state, s.uid, s.inode)
+		if again, ok := parseSocket([]byte(printed)); !ok || again != s {
+			t.Fatalf("%q is %+v, and %q is %+v", line, s, printed, again)
+		}
+	})
+}
+
+// FuzzStat: whatever a process calls itself, the fields behind its name are
+// the kernel's, and a descriptor's link is a socket's only if it says so.
+func FuzzStat(f *testing.F) {
+	f.Add("a) b) (c", uint64(7))
+	f.Add("socket:[12]", uint64(0))
+	f.Fuzz(func(t *testing.T, name string, number uint64) {
+		text := fmt.Sprintf("1 (%s) S %d 3 4", name, number)
+		for field, want := range map[int]string{3: "S", 4: strconv.FormatUint(number, 10), 6: "4", 7: ""} {
+			if got := statField([]byte(text), field); got != want {
+				t.Fatalf("%q: field %d is %q, want %q", text, field, got, want)
+			}
+		}
+		statField([]byte(name), 4)
+		if inode, ok := socketInode(fmt.Appendf(nil, "socket:[%d]", number)); !ok || inode != number {
+			t.Fatalf("inode %d is %d, %v", number, inode, ok)
+		}
+		if _, ok := socketInode([]byte(name)); ok && (!strings.HasPrefix(name, "socket:[") || !strings.HasSuffix(name, "]")) {
+			t.Fatalf("%q is a socket's", name)
+		}
 	})
 }

@@ -192,15 +192,24 @@ func ask(ctx context.Context, object dbus.BusObject, questions []question) error
 		case <-ctx.Done():
 			return fmt.Errorf("%s: %w", questions[i].property, ctx.Err())
 		}
-		var v dbus.Variant
-		if err := call.Store(&v); err != nil {
-			return fmt.Errorf("%s: %w", questions[i].property, err)
+		err := call.Err
+		if err == nil {
+			err = read(call.Body, questions[i].answer)
 		}
-		if err := dbus.Store([]any{v.Value()}, questions[i].answer); err != nil {
+		if err != nil {
 			return fmt.Errorf("%s: %w", questions[i].property, err)
 		}
 	}
 	return nil
+}
+
+// read reads a property's value from the reply that has it.
+func read(reply []any, answer any) error {
+	var v dbus.Variant
+	if err := dbus.Store(reply, &v); err != nil {
+		return err
+	}
+	return dbus.Store([]any{v.Value()}, answer)
 }
 
 func gone(err error) bool {

@@ -180,6 +180,36 @@ func TestSilentManager(t *testing.T) {
 	}
 }
 
+// FuzzReply: no value that systemd could reply with panics, whatever was asked
+// for, and one of the right type is read as what it says.
+func FuzzReply(f *testing.F) {
+	f.Add("/decoy", uint64(7))
+	f.Add("\x00", ^uint64(0))
+	f.Fuzz(func(t *testing.T, text string, n uint64) {
+		// As the library hands values over: structures are []any.
+		values := []any{
+			text, uint32(n), n, n%2 == 1, []any{uint32(n), dbus.ObjectPath(text)},
+			[][]any{{text, []string{text, ""}, true, n, n, n, n, uint32(n), int32(n), int32(n)}},
+			byte(n), int16(n), int64(n), float64(n), dbus.ObjectPath(text), dbus.MakeVariant(text), []string{text}, []byte(text), []any{}, []any{text, n}, []any{uint32(n), text, n},
+			[][]any{}, [][]any{{}}, [][]any{{text}}, [][]any{{n, n, n, n, n, n, n, n, n, n}}, map[string]dbus.Variant{text: dbus.MakeVariant(n)}, []any{[]any{n}, []any{text}},
+		}
+		right := []any{text, uint32(n), n, n%2 == 1, job{uint32(n), dbus.ObjectPath(text)},
+			[]command{{text, []string{text, ""}, true, n, n, n, n, uint32(n), int32(n), int32(n)}}}
+		for i, value := range values {
+			for k := range right {
+				answer := reflect.New(reflect.TypeOf(right[k]))
+				err := read([]any{dbus.MakeVariantWithSignature(value, dbus.Signature{})}, answer.Interface())
+				if got := answer.Elem().Interface(); i == k && (err != nil || !reflect.DeepEqual(got, right[k])) {
+					t.Fatalf("%#v was read as %#v, %v", value, got, err)
+				}
+			}
+		}
+		if err := read(nil, new(string)); err == nil {
+			t.Fatal("an empty reply is an answer")
+		}
+	})
+}
+
 func TestUnitPath(t *testing.T) {
 	for name, want := range map[string]string{
 		"echo.service":   "/org/freedesktop/systemd1/unit/echo_2eservice",
