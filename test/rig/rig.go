@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -217,6 +218,7 @@ func (s *Service) Processes() (Processes, error) {
 		case p.Comm == "grm-keeper":
 			found.Keepers = append(found.Keepers, p)
 		case strings.HasPrefix(p.Comm, "grm-"), strings.HasPrefix(p.Comm, "("): // the latter is systemd's until it has executed
+		case slices.Equal(p.Args, s.Watch.Probe): // a keeper's child, as a server is
 		default:
 			programs[p.BoxPid] = true
 		}

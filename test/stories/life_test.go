@@ -2,6 +2,7 @@ package stories
 
 import (
 	"fmt"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -189,26 +190,46 @@ func TestKilledHelpers(t *testing.T) {
 	}
 }
 
-// TestReloadAndReexec has systemd read its units again, and execute itself again, in each phase of a restart.
+// TestReloadAndReexec has systemd read its units again, and execute itself again, in each phase of a restart. What it has stored it then hands
+// out in another order, of which servers see nothing.
 func TestReloadAndReexec(t *testing.T) {
-	s := newStory(t)
-	echo := s.install("echo", quickly("1s")...)
+	s := newOdd(t)
+	const address = "address = \"udp://0.0.0.0:5201\"\n"
+	const sockets = 4
+	listeners := "name = \"one\"\nsockets = 3\n" + address + "[[listen]]\nname = \"two\"\naddress = \"udp://0.0.0.0:5202\"\n"
+	// This server keeps its descriptors where it got them.
+	echo := s.install("echo", append(append(quickly("1s"), address, listeners), has("execs")...)...)
 	echo.start()
 	g := echo.load()
 	for _, verb := range []string{"daemon-reload", "daemon-reexec", "daemon-reload", "daemon-reexec"} {
-		_, err := s.Systemctl(verb)
-		s.must(err)
+		s.systemctl(verb)
 		echo.restart() // the watch begins
-		_, err = s.Systemctl(verb)
-		s.must(err)
+		s.systemctl(verb)
 		g.newFlowsAt(echo.instance(), 50)
 		echo.statusHas("draining")
-		_, err = s.Systemctl(verb)
-		s.must(err)
+		s.systemctl(verb)
 		g.more(2000)
 	}
-	g.end()
 	echo.drained()
+	inherited := func(server box.Process) []string {
+		var all []string
+		for fd := 3; fd < 3+sockets; fd++ {
+			socket, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", server.Pid, fd))
+			s.must(err)
+			all = append(all, socket)
+		}
+		return all
+	}
+	victim := echo.server()
+	before := inherited(victim)
+	s.systemctl("daemon-reexec")
+	g.Gone(echo.instance())
+	s.must(victim.Kill(unix.SIGKILL))
+	echo.replaced(g, victim)
+	if after := inherited(echo.server()); !slices.Equal(before, after) {
+		t.Errorf("sockets %q before the crash, %q after it", before, after)
+	}
+	echo.balanced(g.stop(), sockets) // one datagram from each may have been taken
 	s.must(echo.Stop())
 	s.nothingLeft(echo)
 }
@@ -283,12 +304,10 @@ func TestTooManyInstances(t *testing.T) {
 		drivers = append(drivers, echo.load(forever, few))
 	}
 	newest := echo.instance()
-	_, err := echo.Restart()
-	if err == nil {
+	if _, err := echo.Restart(); err == nil {
 		t.Error("instance 33 was not refused")
-	} else if !strings.Contains(err.Error(), "32") {
-		t.Errorf("the refusal does not tell that there are 32: %v", err)
 	}
+	echo.statusHas("gen 32 serving", "gen 33 failed", "32 instances live", "grm drain echo --now")
 	echo.active("active")
 	h := echo.load(few)
 	h.more(100)
@@ -296,17 +315,32 @@ func TestTooManyInstances(t *testing.T) {
 		t.Errorf("new flows should be at %s: %v", newest, r)
 	}
 	for _, d := range drivers {
-		if r := d.end(); len(r.Instances) != 1 {
+		if r := d.Snapshot(); len(r.Instances) != 1 {
 			t.Error(r)
 		}
 	}
 
+	// With a limit the oldest ones end for one more. Their flows begin anew, and nobody else's move.
+	procs := echo.processes()
+	for i, d := range drivers[:30] {
+		d.Gone(strconv.Itoa(procs.Servers[i].BoxPid))
+	}
 	echo = s.install("echo", "[watch]\ntime = \"2s\"\n", "[watch]\ntime = \"0s\"\n[drain]\nidle = \"1h\"\ntimeout = \"2h\"\nmax_instances = 3\n")
 	echo.restart()
 	s.must(s.Wait("only three are left", func() (bool, error) {
 		procs, err := echo.Processes()
-		return len(procs.Servers) <= 3, err
+		return len(procs.Servers) == 3, err
 	}))
+	for i, d := range drivers {
+		moves := uint64(10)
+		if i >= 30 {
+			moves = 0
+		}
+		d.until("the flows of those that end are taken over", func(r load.Result) bool { return r.TakenOver >= moves })
+		if r := d.end(); r.TakenOver != moves {
+			t.Errorf("instance %d of 32: %v", i+1, r)
+		}
+	}
 	s.must(echo.Stop())
 	s.nothingLeft(echo)
 }

@@ -1,6 +1,7 @@
 package stories
 
 import (
+	"os"
 	"strconv"
 	"strings"
 	"testing"
@@ -26,30 +27,50 @@ func (s *story) grm(args ...string) string {
 	return out
 }
 
-// TestByHand rolls back and ends drains by hand, under load.
+// TestByHand rolls back and ends drains by hand, under load. A probe that fails within the watch does the same as a rollback.
 func TestByHand(t *testing.T) {
 	s := newStory(t)
-	echo := s.install("echo", quickly("1h")...)
+	const well = "/run/well"
+	echo := s.install("echo", "[watch]\ntime = \"2s\"\n",
+		"[watch]\ntime = \"1h\"\nprobe = [\"/usr/bin/test\", \"-e\", \""+well+"\"]\n[drain]\nidle = \"3s\"\ngrace = \"1s\"\n")
 	echo.start()
-	g := echo.load()
+	g := echo.load(func(o *load.Options) { o.Length = 10 })
 	old := echo.instance()
-	echo.restart()
-	now := echo.instance()
-	g.newFlowsAt(now, 50)
-	s.grm("rollback", "echo")
-	before := g.Snapshot().Instances
-	g.newFlowsAt(old, before[old].Flows+100)
-	// Answers that were under way.
-	if n := g.Snapshot().Instances[now].Flows - before[now].Flows; n > 2 {
-		t.Errorf("%d flows began at %s after the rollback", n, now)
+	for _, c := range []struct {
+		says string
+		back func()
+	}{
+		{"rolled back by hand", func() { s.grm("rollback", "echo") }},
+		{"watch probe: exit 1", func() { s.must(os.Remove(s.Path(well))) }},
+	} {
+		g.Mark(c.says)
+		s.must(s.WriteFile(well, "", 0o644))
+		echo.restart()
+		now := echo.instance()
+		g.newFlowsAt(now, 50)
+		// Some six seconds: the old one has no flows any more, and would have drained. It stays whole.
+		g.more(24_000)
+		echo.statusHas("gen 1 standing by")
+		echo.stores(6) // the control map, the flow table, and a socket and a link for each instance
+		before := g.Snapshot().Instances
+		c.back()
+		g.newFlowsAt(old, before[old].Flows+100)
+		before = g.Snapshot().Instances
+		g.newFlowsAt(old, before[old].Flows+100)
+		// Answers that were under way.
+		if n := g.Snapshot().Instances[now].Flows - before[now].Flows; n > 2 {
+			t.Errorf("%s: %d flows began at %s afterwards", c.says, n, now)
+		}
+		echo.statusHas("gen 1 serving", "failed: "+c.says)
+		echo.active("active")
+		echo.drained()
+		if echo.instance() != old {
+			t.Errorf("%s: %s works, not %s", c.says, echo.instance(), old)
+		}
 	}
-	echo.statusHas("gen 1 serving", "rolled back")
-	g.end()
-	echo.drained()
-	if echo.instance() != old {
-		t.Errorf("%s works, not %s", echo.instance(), old)
-	}
+	g.end() // the newer ones kept the flows that they had
 
+	s.must(s.WriteFile(well, "", 0o644))
 	g = echo.load(forever)
 	echo.restart()
 	g.more(2000)

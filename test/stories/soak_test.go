@@ -45,6 +45,9 @@ func TestSoak(t *testing.T) {
 		"crash":         (*model).crash,
 		"kill decoy":    (*model).killDecoy,
 		"kill keeper":   (*model).killKeeper,
+		"stopped":       (*model).stopped,
+		"drain --now":   (*model).drainNow,
+		"rollback":      (*model).rollback,
 		"daemon-reload": func(m *model) { m.systemctl("daemon-reload") },
 		"daemon-reexec": func(m *model) { m.systemctl("daemon-reexec") },
 	}
@@ -89,7 +92,7 @@ type model struct {
 	working  string
 	expected []string // where flows may have begun since the step did
 	taken    uint64   // datagrams that killed servers may have taken with them, at most
-	newest   int      // pid of the newest server that was killed
+	newest   int      // pid of the newest server that an older one has worked after
 }
 
 // check compares where flows began since an earlier account with the prediction.
@@ -164,6 +167,35 @@ func (m *model) crash() {
 		}
 		return false
 	})
+}
+
+// stopped stops the server for a while: whatever is sent to it waits.
+func (m *model) stopped() {
+	server := m.echo.server()
+	m.must(server.Kill(unix.SIGSTOP))
+	m.load.more(uint64(m.random.IntN(2000)))
+	m.must(server.Kill(unix.SIGCONT))
+}
+
+// drainNow ends all instances but the one that works: their flows begin anew, and nothing is lost.
+func (m *model) drainNow() {
+	for _, server := range m.echo.processes().Servers {
+		if name := strconv.Itoa(server.BoxPid); name != m.working {
+			m.load.Gone(name)
+		}
+	}
+	m.grm("drain", "--now", "echo")
+	m.echo.drained()
+}
+
+// rollback restarts and goes back to the instance that worked before. The newer one ends, so that the newest is the one that works.
+func (m *model) rollback() {
+	m.echo.restart()
+	newer := m.echo.server().BoxPid
+	m.expected = append(m.expected, strconv.Itoa(newer))
+	m.grm("rollback", "echo")
+	m.newest = max(m.newest, newer)
+	m.drainNow()
 }
 
 func (m *model) killDecoy() {
