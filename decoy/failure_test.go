@@ -299,6 +299,23 @@ func TestKeeperOfDrainingKilled(t *testing.T) {
 	}
 }
 
+// An instance that stands by is killed together with its keeper: its flows are
+// new flows at once, and what is stored of it does not wait for the watch's end.
+func TestKilledWithItsKeeper(t *testing.T) {
+	t.Parallel()
+	m, _, server1 := second(t, watched, "say=READY=1")
+	m.hears("gen 1 standing by")
+	m.until("its sockets are stored", func() bool { return slices.Contains(m.names(), "grm.echo.1.0") })
+	_ = unix.Kill(m.bankOf(1).Keeper, unix.SIGKILL)
+	_ = unix.Kill(server1, unix.SIGKILL)
+	m.until("gen 1 is over", func() bool {
+		return !m.ctl.Alive(m.bank[1]) && m.bankOf(1).State == control.Ended && !slices.Contains(m.names(), "grm.echo.1.0")
+	})
+	if m.ctl.Working() != m.bank[2] || !m.ctl.Alive(m.bank[2]) {
+		t.Errorf("gen 2 does not work: order %v", m.ctl.Order().Banks())
+	}
+}
+
 // Keeper and server of the older instance are told apart also when it has to
 // take over.
 func TestGoBackToOrphan(t *testing.T) {

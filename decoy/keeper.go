@@ -516,11 +516,13 @@ func (k *keeper) settle() {
 	}
 }
 
-// retire takes the bank out of use for good.
-func (k *keeper) retire() {
-	k.ctl.Withdraw(k.bank)
-	k.ctl.SetState(k.bank, control.Ended)
-	k.ctl.SetDrainUntil(k.bank, 0)
+func (k *keeper) retire() { retire(k.ctl, k.bank) }
+
+// retire takes a bank out of use for good.
+func retire(ctl *control.Map, bank int) {
+	ctl.Withdraw(bank)
+	ctl.SetState(bank, control.Ended)
+	ctl.SetDrainUntil(bank, 0)
 }
 
 // clear ends the processes that the server left behind, and then this one.

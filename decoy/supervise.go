@@ -233,7 +233,9 @@ func (d *decoy) launch(h handOver) (keeper process, fd int, err error) {
 }
 
 // adoptOrphans gives servers whose keeper was killed a new one, so that they
-// are drained like any other. Without it they would serve for ever.
+// are drained like any other. Without it they would serve for ever. An older
+// instance that was killed together with its keeper is over: while its sockets
+// are stored its flows would wait in them, and for nobody.
 func (d *decoy) adoptOrphans() {
 	for b := range control.Banks {
 		bank := d.ctl.Bank(b)
@@ -246,7 +248,13 @@ func (d *decoy) adoptOrphans() {
 		}
 		p, err := openMember(bank.Server, "")
 		if err != nil {
-			continue // it is gone as well
+			gone := bank.Server == 0 || errors.Is(err, unix.ESRCH)
+			if gone && d.phase == speaking && b != d.ctl.Working() {
+				retire(d.ctl, b)
+				d.ctl.SetPids(b, 0, 0)
+				say("gen %d has ended, and its keeper was killed: its flows begin anew", bank.Generation)
+			}
+			continue
 		}
 		p.close()
 		keeper, err := d.adopt(b)
