@@ -163,7 +163,7 @@ func TestBadInput(t *testing.T) {
 			"/run/grm/echo.lock is not safe to use: it is, or is reached through, a symbolic link or no directory (remove it)"},
 	}...)
 	s := newStory(t)
-	echo := faulty{s.install("echo", quickly("0s")...), nil}
+	echo := s.install("echo", quickly("0s")...)
 	echo.start()
 	g := echo.load(forever)
 	server := echo.instance()
@@ -172,14 +172,14 @@ func TestBadInput(t *testing.T) {
 	s.must(err)
 	for _, row := range rows {
 		g.Mark(row.name)
-		row.spoil(echo.service)
+		row.spoil(echo)
 		seen := len(echo.journal())
 		if _, err := echo.Restart(); err == nil {
 			t.Errorf("%s: the restart works", row.name)
 		}
-		row.refused(echo.service, echo.journal()[seen:])
+		row.refused(echo, echo.journal()[seen:])
 		g.more(500)
-		row.mended(echo.service)
+		row.mended(echo)
 		echo.settled("active")
 		if now := echo.instance(); now != server {
 			t.Fatalf("%s: the server is %s, not %s:\n%s", row.name, now, server, strings.Join(echo.journal()[seen:], "\n"))
@@ -198,7 +198,7 @@ func TestBadInput(t *testing.T) {
 	h.end()
 	g.end()
 	s.must(echo.Stop())
-	s.nothingLeft(echo.service)
+	s.nothingLeft(echo)
 }
 
 // TestClampedBuffer starts a service whose sockets do not get the buffer that was asked for: that is no reason not to start, and is said.

@@ -147,7 +147,7 @@ type remains struct {
 
 var cgroupID = regexp.MustCompile(`hooks/\d+`)
 
-func (v faulty) remains() remains {
+func (v *service) remains() remains {
 	v.s.Helper()
 	var r remains
 	var err error
@@ -173,7 +173,7 @@ func (v faulty) remains() remains {
 }
 
 // unchanged fails the story if something else remains than before. What ends with a process, as what systemd knows of it, may take a moment.
-func (v faulty) unchanged(f any, before remains) {
+func (v *service) unchanged(f any, before remains) {
 	v.s.Helper()
 	var now remains
 	if err := v.s.Wait("all is as before", func() (bool, error) {

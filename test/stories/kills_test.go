@@ -75,40 +75,55 @@ func TestKilledPairs(t *testing.T) {
 	s.nothingLeft(echo)
 }
 
-// TestKilledWhileDraining kills an instance that drains: its flows begin anew at the one that works, and the unit does not mind.
-func TestKilledWhileDraining(t *testing.T) {
-	s := newStory(t)
-	echo := s.install("echo", quickly("0s")...)
-	echo.start()
-	g := echo.load(forever)
-	killed := uint64(0)
-	for _, whole := range []bool{false, true} { // with its keeper
-		old := echo.processes()
-		g.Mark(fmt.Sprintf("with its keeper: %v", whole))
-		echo.restart()
-		echo.statusHas("draining")
-		decoy := echo.processes().Decoy
-		g.Gone(strconv.Itoa(old.Servers[0].BoxPid))
-		if whole {
-			s.must(old.Keepers[0].Kill(unix.SIGKILL))
-		}
-		s.must(old.Servers[0].Kill(unix.SIGKILL))
-		killed++
-		now := echo.instance()
-		g.until("the working one has all flows", func(r load.Result) bool { return r.TakenOver == 200*killed })
-		g.more(2000)
-		echo.drained()
-		if procs := echo.processes(); echo.instance() != now || procs.Decoy.BoxPid != decoy.BoxPid {
-			t.Errorf("the unit was restarted: %+v", procs)
-		}
+// TestKilledOlder kills an older instance, while the newer one is watched and while it drains: its flows begin anew at the one that works, and the
+// unit does not mind.
+func TestKilledOlder(t *testing.T) {
+	for _, phase := range []string{"watch", "drain"} {
+		t.Run(phase, func(t *testing.T) {
+			s := newStory(t)
+			echo := s.install("echo", quickly("1h")...)
+			echo.start()
+			g := echo.load(forever)
+			killed := uint64(0)
+			for _, whole := range []bool{false, true} {
+				old := echo.processes()
+				if whole {
+					g.Mark("with its keeper")
+				} else {
+					g.Mark("server")
+				}
+				phases[phase](echo)
+				decoy := echo.processes().Decoy
+				g.Gone(strconv.Itoa(old.Servers[0].BoxPid))
+				if whole {
+					s.must(old.Keepers[0].Kill(unix.SIGKILL))
+				}
+				s.must(old.Servers[0].Kill(unix.SIGKILL))
+				killed++
+				now := echo.instance()
+				g.until("the working one has all flows", func(r load.Result) bool { return r.TakenOver == 200*killed })
+				g.Mark("afterwards")
+				g.more(2000)
+				echo.drained()
+				echo.stores(4)
+				if procs := echo.processes(); echo.instance() != now || procs.Decoy.BoxPid != decoy.BoxPid {
+					t.Errorf("the unit was restarted: %+v", procs)
+				}
+			}
+			r, discarded := g.stop(), echo.discarded()
+			for _, w := range r.Windows {
+				// If its keeper is gone as well, what waited in its queues is nobody's, and nobody can say how much that was.
+				if exact := w.Name == "server"; exact && (w.Lost < discarded || w.Lost > discarded+1) || !exact && w.Name != "with its keeper" && w.Lost != 0 {
+					t.Errorf("%q: %d datagrams were discarded: %v", w.Name, discarded, r)
+				}
+			}
+			if r.Moved+r.Duplicated+r.Strange != 0 || s.overflow() != 0 {
+				t.Error(r)
+			}
+			s.must(echo.Stop())
+			s.nothingLeft(echo)
+		})
 	}
-	r := g.stop()
-	// Its sockets had left the store: what waited in its queues is nobody's, and grm can say how much only if its keeper lives.
-	if least := echo.discarded() + s.overflow(); r.Lost < least || r.Lost > 200*killed || r.Moved+r.Duplicated+r.Strange != 0 {
-		t.Errorf("%d servers were killed, %d datagrams discarded or without room: %v", killed, least, r)
-	}
-	s.must(echo.Stop())
-	s.nothingLeft(echo)
 }
 
 // TestOutOfMemory lets the kernel kill servers for their memory: the one that serves, and one that drains.
@@ -222,4 +237,48 @@ func TestActivateKilled(t *testing.T) {
 	echo.drained()
 	s.must(echo.Stop())
 	s.nothingLeft(echo)
+}
+
+// TestStopKilled kills the commands of grm-activate that a unit runs when it stops, at a restart and at a stop. Neither loses anything at a
+// restart; either of them is enough for a stop; and without both the instance lives on, and the next start takes over from it.
+func TestStopKilled(t *testing.T) {
+	for _, commands := range [][]string{{"ExecStop"}, {"ExecStopPost"}, {"ExecStop", "ExecStopPost"}} {
+		t.Run(strings.Join(commands, " "), func(t *testing.T) {
+			s := newStory(t)
+			echo := s.install("echo", quickly("1s")...)
+			lines := "[Service]\n"
+			for _, command := range commands {
+				lines += command + "=\n" + command + "=+/bin/sh -c 'kill -KILL $$$$'\n"
+			}
+			s.must(s.InstallUnits(map[string]string{echo.Unit + ".d/killed.conf": lines}))
+			echo.start()
+			g := echo.load()
+			old := echo.instance()
+			echo.restart()
+			if echo.instance() == old {
+				t.Error("a restart brought no new instance")
+			}
+			g.newFlowsAt(echo.instance(), 50)
+			both := len(commands) == 2
+			if !both {
+				g.end()
+			}
+			s.must(echo.Stop())
+			echo.settled("failed") // as systemd sees it
+			if procs := echo.processes(); (len(procs.Keepers)+len(procs.Servers) > 0) != both || procs.Decoy != nil || len(procs.Others) != 0 {
+				t.Errorf("processes after the stop: %+v", procs)
+			}
+			shell("rm /etc/systemd/system/" + echo.Unit + ".d/killed.conf; systemctl daemon-reload")(echo)
+			echo.start()
+			if !both {
+				g = echo.load()
+			}
+			g.newFlowsAt(echo.instance(), 50)
+			g.end()
+			echo.drained()
+			echo.stores(4)
+			s.must(echo.Stop())
+			s.nothingLeft(echo)
+		})
+	}
 }

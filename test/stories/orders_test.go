@@ -125,6 +125,50 @@ func TestSystemctlKill(t *testing.T) {
 	s.nothingLeft(echo)
 }
 
+// TestKillInEachPhase kills all of a service by way of systemd while it starts, watches and drains. What worked goes on with its sockets; flows of
+// an older instance begin anew there.
+func TestKillInEachPhase(t *testing.T) {
+	for _, c := range []struct{ phase, signal string }{{"start", "KILL"}, {"watch", "TERM"}, {"watch", "KILL"}, {"drain", "KILL"}} {
+		t.Run(c.phase+" "+c.signal, func(t *testing.T) {
+			s := newStory(t)
+			echo := s.install("echo", quickly("1s")...)
+			echo.start()
+			g := echo.load(forever)
+			g.Mark("kill")
+			phases[c.phase](echo)
+			victims := echo.processes().Servers
+			for _, victim := range victims {
+				g.Gone(strconv.Itoa(victim.BoxPid))
+			}
+			s.systemctl("kill", "--signal="+c.signal, echo.Unit)
+			if c.phase == "start" {
+				s.install("echo", quickly("1s")...)
+				echo.restart()
+			}
+			echo.replaced(g, victims[len(victims)-1])
+			g.Mark("replaced")
+			g.more(2000)
+			r := g.stop()
+			if c.phase == "start" || c.signal == "TERM" {
+				echo.balanced(r, uint64(len(victims)))
+			}
+			// Else what waited in the sockets of the older instance, which nobody takes over, is gone with them. That is
+			// all.
+			for _, w := range r.Windows {
+				if w.Name != "kill" && w.Lost != 0 {
+					t.Errorf("lost in window %q: %v", w.Name, r)
+				}
+			}
+			if r.Flows != 200 || r.TakenOver < 200 || r.Moved+r.Duplicated+r.Strange != 0 {
+				t.Errorf("all flows go on: %v", r)
+			}
+			echo.stores(4)
+			s.must(echo.Stop())
+			s.nothingLeft(echo)
+		})
+	}
+}
+
 // TestOtherUnits restarts, stops and isolates by way of other units.
 func TestOtherUnits(t *testing.T) {
 	s := newStory(t)
@@ -247,10 +291,11 @@ func TestStopInBackOff(t *testing.T) {
 	if echo.Start() == nil {
 		t.Error("a start of /bin/false did not fail")
 	}
-	for range 2 {
+	for _, verb := range []string{"daemon-reload", "daemon-reexec"} {
 		echo.statusHas("waiting")
+		s.systemctl(verb)
 		s.must(echo.Stop())
-		s.systemctl("reset-failed", echo.Unit) // it is no wonder that the unit has failed
+		shell("systemctl reset-failed " + echo.Unit + " || :")(echo) // it is no wonder if the unit has failed
 		s.nothingLeft(echo)
 		echo.later("start")
 	}
@@ -290,8 +335,12 @@ func TestNoNewFlowsWhileStopping(t *testing.T) {
 	if after.Instances[server].Answers == before.Instances[server].Answers {
 		t.Errorf("it does not serve the flows that it has any more: %v", after)
 	}
+	s.systemctl("daemon-reload")
+	s.systemctl("daemon-reexec")
 	echo.settled("failed") // it had to be killed
-	g.stop()
+	if r := g.stop(); r.Instances[server].Flows != before.Instances[server].Flows {
+		t.Errorf("flows began at a server that is being stopped while systemd executed itself again: %v, then %v", before, r)
+	}
 	s.systemctl("reset-failed", echo.Unit)
 	s.nothingLeft(echo)
 }

@@ -124,7 +124,7 @@ func TestBadServers(t *testing.T) {
 	s.must(s.InstallUnits(map[string]string{echo.Unit + ".d/timeout.conf": "[Service]\nTimeoutStartSec=4\n"}))
 	echo.start()
 	g := echo.load()
-	old := echo.instance()
+	old, before := echo.instance(), echo.remains()
 	killed := uint64(0)
 	// What is said of one that leaves depends on whether systemd heard that it was ready.
 	for habit, says := range map[string]string{"dies": "SIGKILL", "leaves": "failed", "stops": "ready", "mute": "ready"} {
@@ -141,13 +141,7 @@ func TestBadServers(t *testing.T) {
 		} else if ready {
 			killed++
 		}
-		echo.settled("active")
-		echo.statusHas("gen 1 serving", "failed", says)
-		before := g.Snapshot().Instances[old].Flows
-		g.newFlowsAt(old, before+100)
-		if procs := echo.processes(); len(procs.Servers) != 1 || len(procs.Keepers) != 1 || procs.Decoy == nil || len(procs.Others) != 0 || echo.instance() != old {
-			t.Errorf("%s: processes afterwards: %+v", habit, procs)
-		}
+		echo.servesOn(g, habit, old, before, says)
 	}
 	s.install("echo", quickly("0s")...)
 	echo.restart()
@@ -167,24 +161,26 @@ func TestIgnorant(t *testing.T) {
 	echo := s.install("echo", settings...)
 	echo.start()
 	g := echo.load()
-	old := echo.instance()
+	old, before := echo.instance(), echo.remains()
 	g.newFlowsAt(old, 300) // from here on flows begin all the time
 	g.Mark("ignorant")
 	s.install("echo", append(slices.Clone(settings), has("ignorant")...)...)
 	echo.restart()
 	echo.statusHas("gen 1 serving", "gen 2 failed", "probe")
-	before := g.Snapshot().Instances[old].Flows
-	g.newFlowsAt(old, before+200)
+	g.newFlowsAt(old, g.Snapshot().Instances[old].Flows+150)
 	echo.drained()
+	echo.servesOn(g, "ignorant", old, before, "probe")
+	s.install("echo", quickly("0s")...) // without a probe, whose process would be taken for a server
+	g.Mark("good")
+	echo.restart()
+	g.newFlowsAt(echo.instance(), 100)
 	r := g.stop()
 	// The probe's own datagram was discarded as well.
 	if discarded := echo.discarded(); r.Lost+1 != discarded || r.Lost == 0 || r.Moved+r.Duplicated+r.Strange != 0 || s.overflow() != 0 {
 		t.Errorf("%d datagrams were discarded, one of them the probe's: %v", discarded, r)
 	}
-	echo.active("active")
-	if now := echo.instance(); now != old {
-		t.Errorf("%s works, not %s", now, old)
-	}
+	s.must(echo.Stop())
+	s.nothingLeft(echo)
 }
 
 // TestChangesUser has a service of root's whose servers give that up, as many that know nothing of units do.
