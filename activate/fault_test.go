@@ -254,13 +254,14 @@ func TestManyGenerations(t *testing.T) {
 	f := newFixture(t, "echo", "udp://127.0.0.1:5201?dissector=noop")
 	var files int
 	var before string
+	var objects struct{ maps, programs int }
 	for n := range testenv.Scale(500) {
 		f.mustStart()
 		if want := []string{"grm.ctl", fmt.Sprintf("grm.echo.%d.0", n+1)}; !slices.Equal(f.names(), want) {
 			t.Fatalf("stored %v, want %v", f.names(), want)
 		}
 		if n == 1 {
-			files, before = openFiles(t), f.snapshot()
+			files, before, objects = openFiles(t), f.snapshot(), kernelObjects(t)
 		}
 		f.nextRun()
 	}
@@ -270,4 +271,12 @@ func TestManyGenerations(t *testing.T) {
 	if a, b := strings.Count(before, "file "), strings.Count(f.snapshot(), "file "); a != b {
 		t.Errorf("%d files, %d before", b, a)
 	}
+	if objects.maps == 0 || objects.programs == 0 {
+		t.Errorf("no BPF objects found by their names: %+v", objects)
+	}
+	// The kernel frees them some time after their last use.
+	eventually(t, "no more BPF maps and programs than before", func() bool {
+		now := kernelObjects(t)
+		return now.maps <= objects.maps && now.programs <= objects.programs
+	})
 }
