@@ -321,8 +321,8 @@ func (v faulty) reason(f fault) {
 	v.s.Helper()
 	st := v.record()
 	want := f.errno().Error()
-	if st.Failed != nil && strings.HasPrefix(st.Failed.Reason, "user ") {
-		want = "not known as another one than root" // all that is to be had of Go's library
+	if st.Failed != nil && strings.HasPrefix(st.Failed.Reason, "user ") && !strings.Contains(st.Failed.Reason, want) {
+		want = "not known as another one than root" // for some calls that is all that is to be had of Go's library
 	}
 	if f.kill {
 		want = "killed"
