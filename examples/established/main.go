@@ -4,6 +4,11 @@
 // Between its bind and its connect such a socket is one more of the address, which other clients' datagrams may reach. Not so in a group of
 // grm's, whose program chooses among the sockets that grm made. Without grm, all clients stay on the shared socket.
 //
+// What grm cannot help: connect gives a socket of a wildcard address a local one, and while the kernel moves it in its hash table
+// (udp_lib_rehash, seen on Linux 6.18) a look-up that has come to that socket misses all after it. Now and then a datagram is refused, and its
+// sender told that the port is unreachable. A shared socket of one address is no way out: what is bound there after a connect makes a group
+// with the connected socket, which has left that of the shared one (udp_reuseport_add_sock), and gets all other clients' datagrams.
+//
 // Each answer is the process id, a space and what was sent, as in examples/echo. A client that was silent for a while loses its socket.
 package main
 

@@ -25,7 +25,19 @@ var buildTools = sync.OnceValue(func() error {
 // overflow is how many datagrams found a full queue in the box, ever.
 func (s *story) overflow() uint64 {
 	s.Helper()
-	n, err := strconv.ParseUint(s.udp()["RcvbufErrors"], 10, 64)
+	return s.count("RcvbufErrors")
+}
+
+// refused is how many datagrams found no socket in the box, ever.
+func (s *story) refused() uint64 {
+	s.Helper()
+	return s.count("NoPorts")
+}
+
+// count is one of the counters of udp.
+func (s *story) count(name string) uint64 {
+	s.Helper()
+	n, err := strconv.ParseUint(s.udp()[name], 10, 64)
 	s.must(err)
 	return n
 }
