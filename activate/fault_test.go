@@ -255,7 +255,8 @@ func TestManyGenerations(t *testing.T) {
 	var files int
 	var before string
 	var objects struct{ maps, programs int }
-	for n := range testenv.Scale(500) {
+	starts := testenv.Scale(500)
+	for n := range starts {
 		f.mustStart()
 		if want := []string{"grm.ctl", fmt.Sprintf("grm.echo.%d.0", n+1)}; !slices.Equal(f.names(), want) {
 			t.Fatalf("stored %v, want %v", f.names(), want)
@@ -274,9 +275,9 @@ func TestManyGenerations(t *testing.T) {
 	if objects.maps == 0 || objects.programs == 0 {
 		t.Errorf("no BPF objects found by their names: %+v", objects)
 	}
-	// The kernel frees them some time after their last use.
-	eventually(t, "no more BPF maps and programs than before", func() bool {
+	// The kernel frees them some time after their last use, and other services on this machine may start meanwhile.
+	eventually(t, "less than one BPF map or program more for every second start", func() bool {
 		now := kernelObjects(t)
-		return now.maps <= objects.maps && now.programs <= objects.programs
+		return now.maps-objects.maps < starts/2 && now.programs-objects.programs < starts/2
 	})
 }
