@@ -10,6 +10,8 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"os/signal"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -215,9 +217,7 @@ func TestDrainContext(t *testing.T) {
 		drain, cancelDrain := DrainContext(t.Context())
 		stop, cancelStop := StopContext(t.Context())
 		for range 2 { // the second one must not kill
-			if err := syscall.Kill(os.Getpid(), c.send); err != nil {
-				t.Fatal(err)
-			}
+			raise(t, c.send)
 		}
 		if got := ended(drain); !errors.Is(got, c.drain) {
 			t.Errorf("%v: DrainContext ended with %v, want %v", c.send, got, c.drain)
@@ -232,7 +232,25 @@ func TestDrainContext(t *testing.T) {
 		cancelDrain()
 		cancelStop()
 		cancelStop() // a second time is harmless
+		settle()
 	}
+}
+
+// raise sends this thread a signal: it is with Go's runtime on return, which one to the process may not be.
+func raise(t *testing.T, sig syscall.Signal) {
+	t.Helper()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := unix.Tgkill(os.Getpid(), unix.Gettid(), sig); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// settle waits until the runtime has handed out the signals that it has, else one of them could be for whoever asks next: signal.Stop does that.
+func settle() {
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, unix.SIGWINCH)
+	signal.Stop(c)
 }
 
 // ended waits for ctx and returns its cause.
