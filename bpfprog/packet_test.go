@@ -156,12 +156,14 @@ func TestTruncated(t *testing.T) {
 	})
 }
 
+// lastFragmented is the identification of the last fragmented datagram. None is used again: the kernel keeps parts that lack others for a minute.
+var lastFragmented uint32
+
 // TestFragments: a fragmented datagram is one packet, of the flow that it is of,
 // in whatever order its parts come. Parts that overlap are no datagram, and
 // spoil nothing for the next one.
 func TestFragments(t *testing.T) {
 	overBoth(t, func(t *testing.T, g *twoGenerations, from netip.AddrPort) {
-		id := uint32(from.Port())
 		for _, n := range []int{32, 1400, 5000, 60_000} {
 			payload := payloadOf(n)
 			whole := datagram(from, g.to, payload)
@@ -178,8 +180,8 @@ func TestFragments(t *testing.T) {
 				"the end first":    {{size - size%8 - 8, size}, {0, size - size%8 - 8}},
 				"one in the other": {{0, 16}, b, c},
 			} {
-				id++
-				g.arrives(fmt.Sprintf("%d bytes, %s", n, what), from, payload, fragments(whole, id, pieces...)...)
+				lastFragmented++
+				g.arrives(fmt.Sprintf("%d bytes, %s", n, what), from, payload, fragments(whole, lastFragmented, pieces...)...)
 			}
 			for what, pieces := range map[string][]piece{
 				"first overlaps":  {{0, 16}, {8, 24}, {24, size}},
@@ -189,8 +191,8 @@ func TestFragments(t *testing.T) {
 				"middle missing":  {a, c},
 				"first missing":   {b, c},
 			} {
-				id++
-				g.isLost(fmt.Sprintf("%d bytes, %s", n, what), fragments(whole, id, pieces...)...)
+				lastFragmented++
+				g.isLost(fmt.Sprintf("%d bytes, %s", n, what), fragments(whole, lastFragmented, pieces...)...)
 			}
 		}
 	})
