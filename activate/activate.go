@@ -118,7 +118,7 @@ func (r *run) open(ctx context.Context) (err error) {
 }
 
 // lockGroups keeps other services from building or removing a group that this
-// one shares with them. No service has that name.
+// one shares with them.
 func (r *run) lockGroups(ctx context.Context) (err error) {
 	shared := func(l config.Listener) bool { return l.MaxApps > 1 }
 	all := slices.Clone(r.Listeners)
@@ -130,7 +130,7 @@ func (r *run) lockGroups(ctx context.Context) (err error) {
 		all = append(all, ls...)
 	}
 	if slices.ContainsFunc(all, shared) {
-		r.groupsLock, err = r.takeLock(ctx, "+groups")
+		r.groupsLock, err = r.takeLock(ctx, state.GroupsLock)
 	}
 	return err
 }

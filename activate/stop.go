@@ -106,7 +106,7 @@ func (r *run) endUnknown(ctx context.Context, wrong error) (err error) {
 	case wrong != nil && !other:
 		r.st = state.New(r.Service) // pins that cannot be believed are left alone
 	}
-	r.groupsLock, err = r.takeLock(ctx, "+groups") // any of them may be shared
+	r.groupsLock, err = r.takeLock(ctx, state.GroupsLock) // any of them may be shared
 	err = errors.Join(wrong, err, r.findGroups(), r.end())
 	if other {
 		// Nobody is left who could go by it, and no later start could do anything about it.

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"grm/activate"
+	"grm/internal/proc"
 )
 
 // The oldest kernel and systemd that grm works with.
@@ -123,21 +124,13 @@ func (h host) bpffs() Finding {
 }
 
 func (h host) cgroup() Finding {
-	const path = "/sys/fs/cgroup"
-	const advice = "grm needs the unified hierarchy there: boot with systemd.unified_cgroup_hierarchy=1 on the kernel's command line"
-	magic, err := h.magic(h.root + path)
-	if err != nil {
-		return Finding{"cgroup v2", Bad, err.Error(), advice}
+	for _, path := range proc.CgroupRoots {
+		if magic, err := h.magic(h.root + path); err == nil && magic == unix.CGROUP2_SUPER_MAGIC {
+			return Finding{Check: "cgroup v2", Level: Fine, Found: path}
+		}
 	}
-	if magic == unix.CGROUP2_SUPER_MAGIC {
-		return Finding{Check: "cgroup v2", Level: Fine, Found: path}
-	}
-	// Beside the old hierarchies it does as well: package proc looks there too.
-	const beside = path + "/unified"
-	if magic, err := h.magic(h.root + beside); err == nil && magic == unix.CGROUP2_SUPER_MAGIC {
-		return Finding{Check: "cgroup v2", Level: Fine, Found: beside}
-	}
-	return Finding{"cgroup v2", Bad, path + " is not cgroup v2", advice}
+	return Finding{"cgroup v2", Bad, proc.CgroupRoots[0] + " is not cgroup v2",
+		"grm needs the unified hierarchy there: boot with systemd.unified_cgroup_hierarchy=1 on the kernel's command line"}
 }
 
 func (h host) manager() Finding {

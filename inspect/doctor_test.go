@@ -75,7 +75,7 @@ func TestExamine(t *testing.T) {
 				return magic(path)
 			}
 		}, "cgroup v2", Fine, "/sys/fs/cgroup/unified", ""},
-		"no cgroups":  {func(h *host) { h.magic = func(string) (int64, error) { return 0, unix.ENOENT } }, "cgroup v2", Bad, "no such file", ""},
+		"no cgroups":  {func(h *host) { h.magic = func(string) (int64, error) { return 0, unix.ENOENT } }, "cgroup v2", Bad, "not cgroup v2", "systemd.unified_cgroup_hierarchy=1"},
 		"old systemd": {func(h *host) { h.systemd = func() (string, error) { return "systemd 247 (x)", nil } }, "systemd", Bad, "247", "252 or later"},
 		"no systemd":  {func(h *host) { h.systemd = func() (string, error) { return "", errors.New("not found") } }, "systemd", Bad, "not found", "install systemd"},
 		"systemd does not run": {func(h *host) {

@@ -43,8 +43,9 @@ func Delete(name string, force bool) ([]string, error) {
 	if !r.Complete {
 		return nil, fmt.Errorf("delete %s: %w", name, fs.ErrPermission)
 	}
+	// What is alive is looked up again with the locks: a start has its service's, or waits for it.
 	if group {
-		return deleteGroup(name)
+		return locked(func(*state.Dir) ([]string, error) { return deleteGroup(name) }, state.GroupsLock)
 	}
 	for _, s := range r.Services {
 		if s.Name != name {
@@ -53,7 +54,7 @@ func Delete(name string, force bool) ([]string, error) {
 		if err := end(s, force); err != nil {
 			return nil, err
 		}
-		return deleteService(s)
+		return locked(func(dir *state.Dir) ([]string, error) { return deleteService(dir, s) }, name, state.GroupsLock)
 	}
 	return nil, fmt.Errorf("service %s: %w", name, inspect.ErrNone)
 }
@@ -198,9 +199,8 @@ func endAll(unit string, pids []int) error {
 	return nil
 }
 
-// deleteService removes the pins, state and lock of a service that has ended,
-// and the groups that nobody else uses.
-func deleteService(found inspect.Service) (removed []string, err error) {
+// locked calls do while it has the locks, whose files go afterwards.
+func locked(do func(*state.Dir) ([]string, error), names ...string) (removed []string, err error) {
 	dir, err := state.Open(state.Root)
 	if err != nil {
 		return nil, err
@@ -208,17 +208,19 @@ func deleteService(found inspect.Service) (removed []string, err error) {
 	defer func() { err = errors.Join(err, dir.Close()) }()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	lock, err := dir.Lock(ctx, found.Name)
-	if err != nil {
-		return nil, err
+	for _, name := range names {
+		lock, e := dir.Lock(ctx, name)
+		if e != nil {
+			return nil, e
+		}
+		defer func() { err = errors.Join(err, lock.Remove()) }()
 	}
-	defer func() { err = errors.Join(err, lock.Remove()) }()
-	// Other services join and leave the groups that they share with this one.
-	shared, err := dir.Lock(ctx, "+groups")
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, shared.Remove()) }()
+	return do(dir)
+}
+
+// deleteService removes the pins, state and lock of a service that has ended,
+// and the groups that nobody else uses.
+func deleteService(dir *state.Dir, found inspect.Service) (removed []string, err error) {
 	r, err := inspect.Read()
 	if err != nil {
 		return nil, err
@@ -227,7 +229,7 @@ func deleteService(found inspect.Service) (removed []string, err error) {
 		if s.Name != found.Name {
 			continue
 		}
-		// It may have been started since: the lock is what a start has, or waits for.
+		// It may have been started since.
 		if err := end(s, false); err != nil {
 			return nil, err
 		}
@@ -298,19 +300,6 @@ func leave(group inspect.Group, s inspect.Service, app int) (removed bool, err e
 
 // deleteGroup removes a group that no service uses.
 func deleteGroup(name string) (removed []string, err error) {
-	dir, err := state.Open(state.Root)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, dir.Close()) }()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	// Services join and leave a group that they share while they hold this lock.
-	lock, err := dir.Lock(ctx, "+groups")
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, lock.Remove()) }()
 	r, err := inspect.Read()
 	if err != nil {
 		return nil, err

@@ -357,14 +357,14 @@ func TestDeleteBesideAStart(t *testing.T) {
 // The same of a group.
 func TestDeleteGroupBesideAStart(t *testing.T) {
 	a := newService(t)
-	lock, err := a.dir.Lock(context.Background(), "+groups")
+	lock, err := a.dir.Lock(context.Background(), state.GroupsLock)
 	check(t, err)
 	done := make(chan error)
 	go func() {
 		_, err := Delete("udp://"+address, false)
 		done <- err
 	}()
-	for deadline := time.Now().Add(20 * time.Second); lockFiles(t, "+groups") < 2; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); lockFiles(t, state.GroupsLock) < 2; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the delete does not come to wait")
 		}

@@ -44,9 +44,13 @@ func Of(pid int) (Cgroup, error) {
 	return Cgroup{dir: filepath.Join(root, path), path: path}, nil
 }
 
-// cgroupRoot is where the unified hierarchy is mounted: alone, or beside the old ones.
+// CgroupRoots is where the unified hierarchy may be mounted: alone, or beside
+// the old ones.
+var CgroupRoots = [...]string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"}
+
+// cgroupRoot is the one where it is.
 func cgroupRoot() (string, error) {
-	for _, dir := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+	for _, dir := range CgroupRoots {
 		var st unix.Statfs_t
 		if err := unix.Statfs(dir, &st); err == nil && st.Type == unix.CGROUP2_SUPER_MAGIC {
 			return dir, nil

@@ -188,7 +188,11 @@ type Lock struct {
 	fd   int
 }
 
-// Lock waits for the lock of a service, as long as ctx lets it.
+// GroupsLock is the lock, named as no service can be, with which services join
+// and leave the groups that they share.
+const GroupsLock = "+groups"
+
+// Lock waits for the lock of a service, or GroupsLock, as long as ctx lets it.
 func (d *Dir) Lock(ctx context.Context, service string) (*Lock, error) {
 	name := service + ".lock"
 	for {

@@ -152,8 +152,7 @@ func TestKillInEachPhase(t *testing.T) {
 			if c.phase == "start" || c.signal == "TERM" {
 				echo.balanced(r, uint64(len(victims)))
 			}
-			// Else what waited in the sockets of the older instance, which nobody takes over, is gone with them. That is
-			// all.
+			// Else what waited in the sockets of the older instance, which nobody takes over, is gone with them, and nothing else.
 			for _, w := range r.Windows {
 				if w.Name != "kill" && w.Lost != 0 {
 					t.Errorf("lost in window %q: %v", w.Name, r)
