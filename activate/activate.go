@@ -349,9 +349,23 @@ func listeners(b state.Bank) ([]config.Listener, error) {
 	return all, nil
 }
 
-// drop frees a bank whose sockets nobody reads, or will: it leaves the order,
-// the slots and the fd store.
+// drop frees a bank whose sockets nobody reads, or will, and throws them away:
+// they leave the fd store too.
 func (r *run) drop(b state.Bank) error {
+	err := r.withdraw(b)
+	ls, _ := listeners(b) // withdraw has said what is wrong with them
+	for i, l := range ls {
+		for index := range max(len(b.Listeners[i].Inodes), l.Sockets.Of(0)) {
+			err = errors.Join(err, r.store.Forget(socketName(l.Name, b.Generation, index)))
+		}
+	}
+	return err
+}
+
+// withdraw frees a bank whose sockets nobody reads, or will: it leaves the order
+// and the slots. They stay in the fd store for the next decoy, which counts what
+// waits in them and throws them away: grm-activate is not given what is stored.
+func (r *run) withdraw(b state.Bank) error {
 	if r.service != nil {
 		ctl := r.service.Control()
 		ctl.Withdraw(b.Bank)
@@ -359,7 +373,7 @@ func (r *run) drop(b state.Bank) error {
 	}
 	ls, err := listeners(b)
 	err = errors.Join(err, r.store.Forget(keeperName(b.Generation)))
-	for i, l := range ls {
+	for _, l := range ls {
 		g, e := r.group(l)
 		if e == nil {
 			e = g.Clear(l.App, b.Bank)
@@ -367,9 +381,6 @@ func (r *run) drop(b state.Bank) error {
 		// One of another layout is emptied by its sockets, which are closed.
 		if e != nil && !errors.Is(e, fs.ErrNotExist) && !errors.Is(e, bpfprog.ErrLayout) {
 			err = errors.Join(err, fmt.Errorf("clear bank %d of %s: %w", b.Bank, l.Address, e))
-		}
-		for index := range max(len(b.Listeners[i].Inodes), l.Sockets.Of(0)) {
-			err = errors.Join(err, r.store.Forget(socketName(l.Name, b.Generation, index)))
 		}
 	}
 	return errors.Join(err, r.forgetMaps(ls, b.Bank))

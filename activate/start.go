@@ -841,24 +841,30 @@ func (s *start) record() error {
 	return nil
 }
 
-// reclaim drops the generations that nobody serves, nor will: they leave the
-// slots, the order and the fd store before anything new comes.
+// reclaim takes back the generations that nobody serves, nor will: they leave
+// the slots and the order before anything new comes. What waits for one that
+// worked is for the next decoy to count, unless a new generation needs the room
+// in the fd store.
 func (r *run) reclaim(f facts, plan control.Plan) error {
-	dropped := false
+	taken := false
 	for _, n := range sortedKeys(f.banks) {
 		b := f.banks[n]
 		if b.held || plan.Verb != control.Start && n == plan.Bank {
 			continue
 		}
-		if err := r.drop(r.st.Banks[n]); err != nil {
+		take := r.withdraw
+		if plan.Verb == control.Start || r.service.Control().Bank(n).ReadyAt == 0 {
+			take = r.drop
+		}
+		if err := take(r.st.Banks[n]); err != nil {
 			return fmt.Errorf("release generation %d: %w", b.generation, err)
 		}
 		delete(r.st.Banks, n)
 		delete(f.banks, n)
-		dropped = true
+		taken = true
 		r.log(info, "gen %d has no server any more: its sockets are released", b.generation)
 	}
-	if !dropped {
+	if !taken {
 		return nil
 	}
 	return errors.Join(r.store.Barrier(barrierTimeout), r.sweep(r.Listeners), r.dir.Write(r.st))

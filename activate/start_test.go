@@ -202,6 +202,9 @@ func TestDeathInTheWatch(t *testing.T) {
 	if where := f.arrives(f.req.Listeners[0]); where != "grm.echo.1.0" {
 		t.Errorf("a packet came to %q", where)
 	}
+	if n := len(f.fds("grm.echo.2.")); n != 1 {
+		t.Errorf("%d sockets for the next decoy to empty", n)
+	}
 	if s := f.state(); s.Failed == nil || s.Failed.Reason != "killed by SIGSEGV" {
 		t.Errorf("failed %+v", s.Failed)
 	}
@@ -210,6 +213,36 @@ func TestDeathInTheWatch(t *testing.T) {
 	f.mustStart()
 	if plan := old.ctl.Plan(); plan != (control.Plan{Verb: control.StandIn, Bank: old.bank}) {
 		t.Fatalf("plan %v", plan)
+	}
+}
+
+// All that there is dies in the watch: the newer one's sockets serve again, and
+// the older one's are for the next decoy to empty, in no slot any more.
+func TestAllDeadInTheWatch(t *testing.T) {
+	f := newFixture(t, "echo", "udp://127.0.0.1:5201")
+	f.mustStart()
+	old := f.serve(0)
+	f.stopPost("restart", "success", "exited", "0")
+	f.nextRun()
+	f.mustStart()
+	working := f.serve(time.Hour)
+	old.crash()
+	working.crash()
+	f.stopPost("", "signal", "killed", "KILL")
+	f.nextRun()
+	f.setUnit(func(u *systemd.Unit) { u.Restarts = 1 })
+	f.mustStart()
+	if plan := working.ctl.Plan(); plan != (control.Plan{Verb: control.Again, Bank: working.bank}) {
+		t.Fatalf("plan %v", plan)
+	}
+	if _, known := f.state().Banks[old.bank]; known || working.ctl.FindGeneration(1) >= 0 {
+		t.Error("gen 1 is still there")
+	}
+	if n := len(f.fds("grm.echo.1.")); n != 1 {
+		t.Errorf("%d sockets for the next decoy to empty", n)
+	}
+	if where := f.arrives(f.req.Listeners[0]); where != "grm.echo.2.0" {
+		t.Errorf("a packet came to %q", where)
 	}
 }
 

@@ -333,7 +333,7 @@ func (r *run) afterAttempt() error {
 		r.fail(b.Generation, result.reason("served"))
 	case !p.served(b, word) && r.replaced(p, b):
 		// It died in its watch, and an older one has taken over.
-		err = r.release(b)
+		err = r.release(b, r.withdraw)
 		if result.service != "success" {
 			r.fail(b.Generation, result.reason("served"))
 		}
@@ -349,7 +349,7 @@ func (r *run) afterAttempt() error {
 func (r *run) endAttempt(p processes, b state.Bank, plan state.Plan, result result) error {
 	err := r.kill(r.attempt(p, b, plan), time.Now().Add(killTimeout))
 	if plan.Verb == control.Start.String() {
-		err = errors.Join(err, r.release(b))
+		err = errors.Join(err, r.release(b, r.drop))
 	}
 	if result.service != "success" {
 		r.fail(b.Generation, result.reason("ready"))
@@ -420,9 +420,10 @@ func (r *run) replaced(p processes, b state.Bank) bool {
 	return false
 }
 
-// release takes a generation back that will not be served.
-func (r *run) release(b state.Bank) error {
-	err := r.drop(b)
+// release takes a generation back that will not be served: with drop one that
+// never worked, with withdraw one that did.
+func (r *run) release(b state.Bank, take func(state.Bank) error) error {
+	err := take(b)
 	delete(r.st.Banks, b.Bank)
 	return errors.Join(err, r.store.Barrier(barrierTimeout), r.sweep(nil), r.pruneHooks())
 }

@@ -89,16 +89,7 @@ func TestDiscardedIsCounted(t *testing.T) {
 	m, r, _ := second(t, watched, "deaf", "say=READY=1")
 	server2, _ := m.report("start")
 	m.hears("READY=1")
-	c, err := net.Dial("udp", "127.0.0.1:"+strconv.Itoa(m.port))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	for range 7 {
-		if _, err := c.Write(nil); err != nil { // empty datagrams count as well
-			t.Fatal(err)
-		}
-	}
+	m.fill(2, 7)
 	_ = unix.Kill(server2, unix.SIGKILL)
 	m.hears("gen 2 failed")
 	m.until("the count is told", func() bool {
@@ -301,11 +292,15 @@ func TestKeeperOfDrainingKilled(t *testing.T) {
 
 // An instance that stands by is killed together with its keeper: its flows are
 // new flows at once, and what is stored of it does not wait for the watch's end.
+// What waits in there is counted.
 func TestKilledWithItsKeeper(t *testing.T) {
 	t.Parallel()
-	m, _, server1 := second(t, watched, "say=READY=1")
+	m, r, server1 := second(t, watched, "say=READY=1")
 	m.hears("gen 1 standing by")
 	m.until("its sockets are stored", func() bool { return slices.Contains(m.names(), "grm.echo.1.0") })
+	_ = unix.Kill(server1, unix.SIGSTOP)
+	m.until("it is stopped", func() bool { return stopped(server1) })
+	m.fill(1, 7)
 	_ = unix.Kill(m.bankOf(1).Keeper, unix.SIGKILL)
 	_ = unix.Kill(server1, unix.SIGKILL)
 	m.until("gen 1 is over", func() bool {
@@ -313,6 +308,35 @@ func TestKilledWithItsKeeper(t *testing.T) {
 	})
 	if m.ctl.Working() != m.bank[2] || !m.ctl.Alive(m.bank[2]) {
 		t.Errorf("gen 2 does not work: order %v", m.ctl.Order().Banks())
+	}
+	m.until("the count is told", func() bool {
+		return strings.Contains(r.stderr(), "gen 1: 7 datagrams discarded that its server had not taken")
+	})
+}
+
+// All was killed, and grm-activate has taken back what nobody serves any more:
+// the decoy counts what waits there, and throws it away. One that ends at once
+// counts as well.
+func TestOrphansAreCounted(t *testing.T) {
+	t.Parallel()
+	for _, server := range []string{"say=READY=1", "exit=4"} {
+		m := newManager(t, "say=READY=1").withControl()
+		r, server1 := m.begun()
+		_ = unix.Kill(server1, unix.SIGKILL)
+		r.expect(137)
+		m.fill(1, 5)
+		m.ctl.Withdraw(m.bank[1])
+		m.ctl.Release(m.bank[1])
+		m.server = []string{server}
+		m.activate(1)
+		r = m.start()
+		m.until("the count is told", func() bool {
+			return strings.Contains(r.stderr(), "gen 1: 5 datagrams discarded that its server had not taken")
+		})
+		m.until("nothing of it is stored", func() bool { return !slices.Contains(m.names(), "grm.echo.1.0") })
+		if server == "exit=4" {
+			r.expect(4)
+		}
 	}
 }
 

@@ -13,7 +13,6 @@ import (
 
 	"grm/control"
 	"grm/internal/proc"
-	"grm/internal/reuseport"
 )
 
 // keeperComm is what a keeper goes by in ps, and what decoys know one by.
@@ -538,22 +537,11 @@ func (k *keeper) clear(now time.Duration) {
 	reap(func(int, syscall.WaitStatus) {})
 	if k.ctl != nil && k.ctl.Bank(k.bank).State == control.Ended {
 		if !k.left {
-			// Nothing is sent by them any more. What was being delivered meanwhile has its place in the next round.
 			k.left = true
-			for _, s := range k.sockets {
-				if err := reuseport.Leave(s.fd); err != nil {
-					say("%s: %v", k, err)
-				}
-			}
+			leave(k.String(), k.sockets)
 			return
 		}
-		lost := 0
-		for _, s := range k.sockets {
-			lost += discard(s.fd)
-		}
-		if lost > 0 {
-			say("%s: %d datagrams discarded that its server had not taken", k, lost)
-		}
+		discardAll(k.String(), k.sockets)
 	}
 	if k.ctl != nil {
 		k.ctl.SetPids(k.bank, 0, 0)

@@ -211,6 +211,30 @@ func (m *manager) plan(v control.Verb, generation uint64) {
 
 func (m *manager) bankOf(generation uint64) control.Bank { return m.ctl.Bank(m.bank[generation]) }
 
+// fill sends so many empty datagrams, which count as well, to the stored socket
+// of a generation.
+func (m *manager) fill(generation uint64, n int) {
+	m.t.Helper()
+	i := slices.IndexFunc(m.store, func(d named) bool { return d.name == socketName("echo", generation, 0) })
+	if i < 0 {
+		m.t.Fatalf("gen %d has no socket in the store: %q", generation, m.names())
+	}
+	sa, err := unix.Getsockname(m.store[i].fd)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	c, err := net.Dial("udp", "127.0.0.1:"+strconv.Itoa(sa.(*unix.SockaddrInet4).Port))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	defer c.Close()
+	for range n {
+		if _, err := c.Write(nil); err != nil {
+			m.t.Fatal(err)
+		}
+	}
+}
+
 // start starts a decoy with all that is in the store.
 func (m *manager) start() *run {
 	m.t.Helper()

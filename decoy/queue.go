@@ -5,6 +5,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"grm/internal/reuseport"
 )
 
 // queued says whether a socket holds something that nobody has taken yet:
@@ -22,6 +24,27 @@ func queued(fd int) bool {
 	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_MEMINFO,
 		uintptr(unsafe.Pointer(&meminfo)), uintptr(unsafe.Pointer(&size)), 0)
 	return errno == 0 && meminfo[unix.SK_MEMINFO_RMEM_ALLOC] > 0
+}
+
+// leave takes the sockets of an instance that is over out of their groups. What
+// is being delivered meanwhile is there in the next round.
+func leave(instance string, sockets []socket) {
+	for _, s := range sockets {
+		if err := reuseport.Leave(s.fd); err != nil {
+			say("%s: %v", instance, err)
+		}
+	}
+}
+
+// discardAll empties sockets that have left, and says how much was in them.
+func discardAll(instance string, sockets []socket) {
+	lost := 0
+	for _, s := range sockets {
+		lost += discard(s.fd)
+	}
+	if lost > 0 {
+		say("%s: %d datagrams discarded that its server had not taken", instance, lost)
+	}
 }
 
 // Bounds for reading a queue that may be filled meanwhile, or fail for ever.

@@ -57,6 +57,7 @@ type decoy struct {
 	ctl        *control.Map // nil: a server without grm's sockets
 	in         inherited
 	stored     map[uint64][]string // names in the fd store, by generation
+	left       []uint64            // generations whose sockets are in no group any more, and to be emptied
 	bank       int                 // of the instance that this decoy speaks for
 	generation uint64
 	keeper     process // of that instance
@@ -167,7 +168,8 @@ func (d *decoy) startKeeper(verb control.Verb) error {
 		return err
 	}
 	d.child, d.link = true, openLink(fd)
-	d.dropSockets()
+	d.dropSockets(d.generation)
+	closeAll(d.in.servers)
 	d.loop.add(d.keeper.pidfd, d.keeperEnded)
 	d.loop.add(fd, d.fromKeeper)
 	if d.ctl == nil {
@@ -253,6 +255,7 @@ func (d *decoy) adoptOrphans() {
 				retire(d.ctl, b)
 				d.ctl.SetPids(b, 0, 0)
 				say("gen %d has ended, and its keeper was killed: its flows begin anew", bank.Generation)
+				d.forgetGeneration(bank.Generation)
 			}
 			continue
 		}
@@ -284,19 +287,16 @@ func (d *decoy) adopt(b int) (process, error) {
 	return keeper, nil
 }
 
-// dropSockets closes what is a server's: only its keeper needs it from now on,
+// dropSockets closes those of a generation: its server needs them from now on,
 // and a decoy that held a socket would keep it bound.
-func (d *decoy) dropSockets() {
-	for _, sockets := range d.in.sockets {
-		closeAll(sockets)
-	}
-	closeAll(d.in.servers)
-	d.in.sockets, d.in.servers = nil, nil
+func (d *decoy) dropSockets(generation uint64) {
+	closeAll(d.in.sockets[generation])
+	delete(d.in.sockets, generation)
 }
 
 // standIn speaks for an older instance that serves.
 func (d *decoy) standIn() error {
-	d.dropSockets()
+	closeAll(d.in.servers)
 	if err := d.speakFor(d.bank); err != nil {
 		return fmt.Errorf("stand in for gen %d: %w", d.generation, err)
 	}
@@ -337,6 +337,7 @@ func (d *decoy) speakFor(bank int) error {
 	d.keeper, d.child, d.status = p, false, 0
 	d.loop.add(p.pidfd, d.keeperEnded)
 	d.bank, d.generation, d.says = bank, b.Generation, ""
+	d.dropSockets(d.generation)
 	if fd, found := d.in.keepers[b.Generation]; found {
 		d.loop.remove(fd)
 		delete(d.in.keepers, b.Generation)
@@ -429,6 +430,7 @@ func (d *decoy) look(now time.Duration) {
 	case d.overtaken.due(now):
 		d.goBack(rolledBack)
 	}
+	d.empty()
 	d.forget(now)
 	if d.phase == speaking {
 		d.adoptOrphans()
@@ -454,8 +456,9 @@ func (d *decoy) goBack(reason string) bool {
 
 // forget takes out of the fd store what belongs to instances that are gone, and
 // the sockets of older ones once the watch is over, so that nothing stored is
-// left unread. The link to an older keeper stays: an operator may make its
-// instance the working one again.
+// left unread. Until then this process holds them as well, for the case that
+// nobody else is left to empty them. The link to an older keeper stays: an
+// operator may make its instance the working one again.
 func (d *decoy) forget(now time.Duration) {
 	settled := d.phase == speaking && now >= d.ctl.Bank(d.bank).WatchUntil
 	for generation := range d.stored {
@@ -465,8 +468,11 @@ func (d *decoy) forget(now time.Duration) {
 		bank := d.ctl.FindGeneration(generation)
 		switch {
 		case bank < 0 || d.ctl.Bank(bank).State == control.Ended:
-			d.forgetGeneration(generation)
+			if _, kept := d.in.keepers[generation]; !kept {
+				d.forgetGeneration(generation) // else its keeper empties the sockets, and is about to end
+			}
 		case settled:
+			d.dropSockets(generation)
 			d.stored[generation] = slices.DeleteFunc(d.stored[generation], func(name string) bool {
 				socket := isSocket(name)
 				if socket {
@@ -522,6 +528,7 @@ func (d *decoy) given(p parcel) {
 	d.storeAgain()
 }
 
+// forgetGeneration throws away what is stored of an instance that is over.
 func (d *decoy) forgetGeneration(generation uint64) {
 	for _, name := range d.stored[generation] {
 		d.unstore(name)
@@ -530,6 +537,21 @@ func (d *decoy) forgetGeneration(generation uint64) {
 	if fd, found := d.in.keepers[generation]; found {
 		d.release(generation, fd)
 	}
+	if len(d.in.sockets[generation]) == 0 {
+		return
+	}
+	leave(fmt.Sprintf("gen %d", generation), d.in.sockets[generation])
+	d.left = append(d.left, generation)
+	d.nextLook = after(tick)
+}
+
+// empty counts what waits in the sockets that have left, and closes them.
+func (d *decoy) empty() {
+	for _, generation := range d.left {
+		discardAll(fmt.Sprintf("gen %d", generation), d.in.sockets[generation])
+		d.dropSockets(generation)
+	}
+	d.left = nil
 }
 
 // hold keeps the link to the keeper of an older instance, and looks when it ends.
@@ -663,6 +685,7 @@ func (d *decoy) instanceEnded() {
 
 // finish ends this process once systemd has read all that it said.
 func (d *decoy) finish() {
+	d.empty()
 	if err := d.conn.Barrier(barrier); err != nil {
 		say("%v", err)
 	}

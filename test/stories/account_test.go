@@ -76,9 +76,15 @@ func (s *story) counters() {
 // killed, one for each, since they have one socket and answer before they take another; was discarded; or found a full queue.
 func (v *service) balanced(r load.Result, killed uint64) {
 	v.s.Helper()
+	v.balancedBut(r, killed, 0)
+}
+
+// balancedBut is balanced where so many datagrams perished with sockets that nobody held any more.
+func (v *service) balancedBut(r load.Result, killed, perished uint64) {
+	v.s.Helper()
 	discarded, overflow := v.discarded(), v.s.overflow()
-	if least := discarded + overflow; r.Lost < least || r.Lost > least+killed || r.Moved+r.Duplicated+r.Strange != 0 {
+	if least := discarded + overflow + perished; r.Lost < least || r.Lost > least+killed || r.Moved+r.Duplicated+r.Strange != 0 {
 		v.s.counters()
-		v.s.Errorf("%d servers were killed, %d datagrams discarded, %d found a queue full: %v", killed, discarded, overflow, r)
+		v.s.Errorf("%d servers were killed, %d datagrams discarded, %d found a queue full, %d perished: %v", killed, discarded, overflow, perished, r)
 	}
 }

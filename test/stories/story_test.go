@@ -50,6 +50,7 @@ type story struct {
 	*testing.T
 	*rig.Rig
 	watched map[string]bool // units whose journal is shown if the story fails
+	alone   []string        // what install changes in every example, by standAlone
 }
 
 // newStory boots the box of a story. Stories run side by side: each has a network, a systemd and a bpffs of its own.
@@ -73,7 +74,7 @@ func newStoryWith(t *testing.T, bin string, o box.Options) *story {
 			t.Error(err)
 		}
 	})
-	return &story{t, r, map[string]bool{}}
+	return &story{T: t, Rig: r, watched: map[string]bool{}}
 }
 
 // must ends the story if something that has to work did not.
@@ -87,7 +88,7 @@ func (s *story) must(err error) {
 // install installs an example, changed as rig.Example says.
 func (s *story) install(example string, oldnew ...string) *service {
 	s.Helper()
-	text, err := rig.Example(example, oldnew...)
+	text, err := rig.Example(example, append(oldnew, s.alone...)...)
 	s.must(err)
 	return s.installText(text)
 }
@@ -277,7 +278,7 @@ func (v *service) statusHas(parts ...string) {
 	}
 }
 
-// discarded is how many datagrams were in the queues of new instances that died within their watch, as grm's journal has it.
+// discarded is how many datagrams were in the queues of instances that died while another one worked, as grm's journal has it.
 func (v *service) discarded() uint64 {
 	v.s.Helper()
 	lines, err := v.s.Journal(v.Unit)
