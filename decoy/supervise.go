@@ -561,8 +561,11 @@ func (d *decoy) hold(generation uint64, fd int) {
 		l := openLink(fd)
 		for {
 			p, ok, err := l.receive()
-			if err != nil { // its keeper has ended
+			if err != nil { // its keeper ends
 				d.release(generation, fd)
+				if bank := d.ctl.FindGeneration(generation); bank >= 0 {
+					d.waitFor(d.ctl.Bank(bank).Keeper)
+				}
 				d.nextLook = after(0)
 			}
 			if !ok {
@@ -571,6 +574,15 @@ func (d *decoy) hold(generation uint64, fd int) {
 			p.close() // nobody speaks for it
 		}
 	})
+}
+
+// waitFor looks again when a keeper that ends has ended, if it has not already:
+// its files are closed before.
+func (d *decoy) waitFor(pid int) {
+	if p, err := openMember(pid, keeperComm); err == nil {
+		d.loop.add(p.pidfd, d.keeperEnded)
+		d.waiting = append(d.waiting, p)
+	}
 }
 
 func (d *decoy) release(generation uint64, fd int) {
@@ -639,6 +651,7 @@ func (d *decoy) keeperEnded() error {
 		if p.ended() {
 			d.loop.remove(p.pidfd)
 			p.close()
+			d.nextLook = after(0) // its server may live
 			return true
 		}
 		return false

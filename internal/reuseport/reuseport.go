@@ -25,12 +25,17 @@ const noInterface = 1<<31 - 1
 // packet is for: it is bound to an interface that does not exist, which the
 // kernel looks at first. What waits in its queue can still be read; nothing can be
 // sent any more. TCP listeners, which hand what they have to others when they
-// are closed, are left alone. It needs no capability.
+// are closed, are left alone, and so are sockets that have left. It needs no capability.
 func Leave(fd int) error {
 	if kind, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); err != nil {
 		return fmt.Errorf("getsockopt SO_TYPE: %w", err)
 	} else if kind != unix.SOCK_DGRAM {
 		return nil
+	}
+	if bound, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX); err != nil {
+		return fmt.Errorf("getsockopt SO_BINDTOIFINDEX: %w", err)
+	} else if bound == noInterface {
+		return nil // to bind it again would need CAP_NET_RAW
 	}
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX, noInterface); err != nil {
 		return fmt.Errorf("setsockopt SO_BINDTOIFINDEX: %w", err)

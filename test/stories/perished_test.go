@@ -19,15 +19,16 @@ import (
 
 // What waits in a socket perishes with the last process that holds it, if nobody of grm's does. The kernel has no counter for that, but a tracepoint.
 
-// lastPort is the last one that standAlone took. The tracepoint does not tell in which box a datagram perished, but for which port it was.
+// lastPort counts the ports that standAlone took. The tracepoint does not tell in which box a datagram perished, but for which port it was.
 var lastPort atomic.Uint32
 
-// standAlone gives the story's echo server a port that no other story's has, and begins to count what perishes there.
+// standAlone gives the story's echo server a port that no other story's has, nor most likely one of tests that somebody else runs at the same
+// time, and begins to count what perishes there.
 func (s *story) standAlone() {
 	s.Helper()
 	_, err := perishing()
 	s.must(err)
-	s.alone = []string{"udp://0.0.0.0:5201", fmt.Sprintf("udp://0.0.0.0:%d", 6000+lastPort.Add(1))}
+	s.alone = []string{"udp://0.0.0.0:5201", fmt.Sprintf("udp://0.0.0.0:%d", 6000+50*(uint32(os.Getpid())%400)+lastPort.Add(1))}
 }
 
 // perished is how many datagrams perished with a socket of the service's since the story stands alone.

@@ -1,6 +1,7 @@
 package stories
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -14,14 +15,15 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"grm/test/box"
 	"grm/test/load"
 )
 
 // TestSoak does at random what the other stories do one at a time, for $GRM_SOAK (a minute by default), by the seed in $GRM_SEED.
 //
 // A model predicts who may answer: a flow that begins does so at the instance that is working, or was when the action began; a flow that lives
-// changes its instance only when that was killed; and what is lost is what was discarded at flips back, which grm counts, and at most the one
-// datagram that a killed server had read, or what waited for one that had worked again.
+// changes its instance only when that was killed; and what is lost is what was discarded, perished or found a queue full, which is counted, and
+// at most the one datagram that a killed server had read.
 func TestSoak(t *testing.T) {
 	length, err := time.ParseDuration(orElse(os.Getenv("GRM_SOAK"), "1m"))
 	if err != nil {
@@ -32,24 +34,34 @@ func TestSoak(t *testing.T) {
 		t.Fatalf("GRM_SEED: %v", err)
 	}
 	t.Logf("GRM_SEED=%d", seed)
-	s := newStory(t)
-	m := &model{story: s, random: rand.New(rand.NewPCG(seed, 0))}
-	m.echo = s.install("echo", quickly("1s")...)
+	s := newOdd(t)
+	s.standAlone()
+	m := &model{story: s, seed: seed, random: rand.New(rand.NewPCG(seed, 0))}
+	m.must(s.WriteFile(wanted, "", 0o644))
+	m.must(s.WriteFile(well, "", 0o644))
+	m.echo = m.installed()
+	m.must(s.InstallUnits(map[string]string{m.echo.Unit + ".d/wanted.conf": "[Unit]\nConditionPathExists=" + wanted + "\n"}))
 	m.echo.start()
-	m.load = m.echo.load(func(o *load.Options) { o.Seed = seed })
-	m.working = m.echo.instance()
+	m.begin()
 	actions := map[string]func(*model){
-		"restart":       (*model).restart,
-		"storm":         (*model).storm,
-		"bad version":   (*model).badVersion,
-		"crash":         (*model).crash,
-		"kill decoy":    (*model).killDecoy,
-		"kill keeper":   (*model).killKeeper,
-		"stopped":       (*model).stopped,
-		"drain --now":   (*model).drainNow,
-		"rollback":      (*model).rollback,
-		"daemon-reload": func(m *model) { m.systemctl("daemon-reload") },
-		"daemon-reexec": func(m *model) { m.systemctl("daemon-reexec") },
+		"restart":           (*model).restart,
+		"storm":             (*model).storm,
+		"bad version":       (*model).badVersion,
+		"probe fails":       (*model).probeFails,
+		"condition fails":   (*model).conditionFails,
+		"stop":              (*model).stop,
+		"crash":             (*model).crash,
+		"out of memory":     (*model).outOfMemory,
+		"kill older":        (*model).killOlder,
+		"kill all":          (*model).killAll,
+		"kill decoy":        (*model).killDecoy,
+		"kill keeper":       (*model).killKeeper,
+		"kill grm-activate": func(m *model) { m.echo.restartKilled() },
+		"stopped":           (*model).stopped,
+		"drain --now":       (*model).drainNow,
+		"rollback":          (*model).rollback,
+		"daemon-reload":     func(m *model) { m.systemctl("daemon-reload") },
+		"daemon-reexec":     func(m *model) { m.systemctl("daemon-reexec") },
 	}
 	names := slices.Sorted(maps.Keys(actions))
 	for end := time.Now().Add(length); time.Now().Before(end) && !t.Failed(); {
@@ -66,14 +78,17 @@ func TestSoak(t *testing.T) {
 		m.load.more(uint64(500 + m.random.IntN(4000)))
 		m.check(before)
 	}
-	r := m.load.stop()
-	if discarded := m.echo.discarded(); r.Lost < discarded || r.Lost > discarded+m.taken || r.Moved+r.Duplicated+r.Strange != 0 {
-		t.Errorf("%d datagrams were discarded, killed servers may have taken %d: %v", discarded, m.taken, r)
-	}
+	m.account()
 	m.echo.drained()
 	s.must(m.echo.Stop())
 	s.nothingLeft(m.echo)
 }
+
+// Files by which the soak has the unit's condition and the probe of its watch fail.
+const (
+	wanted = "/run/wanted"
+	well   = "/run/well"
+)
 
 func orElse(v, otherwise string) string {
 	if v == "" {
@@ -85,14 +100,45 @@ func orElse(v, otherwise string) string {
 // model is what the soak knows of the service.
 type model struct {
 	*story
+	seed     uint64
 	random   *rand.Rand
 	echo     *service
 	load     *driver
 	step     int
 	working  string
 	expected []string // where flows may have begun since the step did
-	taken    uint64   // datagrams that killed servers may have taken with them, at most
-	newest   int      // pid of the newest server that an older one has worked after
+	killed   uint64   // servers that were killed, each of which may have read one datagram
+	lost     uint64   // in the loads that have ended
+}
+
+// installed is the service with a good version, changed.
+func (m *model) installed(oldnew ...string) *service {
+	m.Helper()
+	if len(oldnew) == 0 {
+		oldnew = has("hungry")
+	}
+	settings := quickly("1s")
+	settings[1] = strings.Replace(settings[1], "[watch]\n", "[watch]\nprobe = [\"/usr/bin/test\", \"-e\", \""+well+"\"]\n", 1)
+	return m.install("echo", append(settings, oldnew...)...)
+}
+
+// begin begins with a load.
+func (m *model) begin() {
+	m.Helper()
+	m.load = m.echo.load(func(o *load.Options) { o.Seed = m.seed })
+	m.working = m.echo.instance()
+}
+
+// account ends the load. All that was lost up to now has to be accounted for.
+func (m *model) account() {
+	m.Helper()
+	r := m.load.stop()
+	m.lost += r.Lost
+	discarded, overflow, perished := m.echo.discarded(), m.overflow(), m.echo.perished()
+	if least := discarded + overflow + perished; m.lost < least || m.lost > least+m.killed || r.Moved+r.Duplicated+r.Strange != 0 {
+		m.counters()
+		m.Errorf("%d servers were killed, %d datagrams discarded, %d found a queue full, %d perished, %d were lost: %v", m.killed, discarded, overflow, perished, m.lost, r)
+	}
 }
 
 // check compares where flows began since an earlier account with the prediction.
@@ -104,12 +150,6 @@ func (m *model) check(before load.Result) {
 			m.Errorf("%d flows began at %s, expected are %q", n, name, m.expected)
 		}
 	}
-}
-
-func (m *model) systemctl(args ...string) {
-	m.Helper()
-	_, err := m.Systemctl(args...)
-	m.must(err)
 }
 
 func (m *model) restart() { m.echo.restart() }
@@ -129,44 +169,154 @@ func (m *model) storm() {
 	}
 }
 
+// badVersion restarts into a version that does not get ready, or dies as soon as it is.
 func (m *model) badVersion() {
-	good := quickly("1s")
-	m.install("echo", append(good, `"/usr/lib/grm/examples/echo"`, `"/bin/false"`)...)
-	if _, err := m.echo.Restart(); err == nil {
-		m.Error("a restart into /bin/false did not fail")
+	const server = `"/usr/lib/grm/examples/echo"`
+	versions := [][]string{
+		{server, `"/bin/false"`},
+		{server, `"/etc/passwd"`},
+		{server, `"/usr/lib/grm/examples/none"`},
+		{server, `"/bin/sh", "-c", "kill -SEGV $$"`},
+		never("1s"),
+		has("dies"),
 	}
+	i := m.random.IntN(len(versions))
+	m.installed(versions[i]...)
+	if _, err := m.echo.Restart(); err == nil && i != len(versions)-1 {
+		m.Errorf("a restart into %q did not fail", versions[i])
+	}
+	m.echo.statusHas("failed")
 	m.echo.settled("active")
 	if now := m.echo.instance(); now != m.working {
 		m.Errorf("a version that failed left %s working in place of %s", now, m.working)
 	}
-	m.install("echo", good...)
+	m.installed()
 }
 
-// crash kills the newest server: within its watch the one before it takes over, later a new one does.
+// conditionFails restarts with a condition that does not hold: the unit is inactive for a while, and its instances go on. systemd throws away
+// what is stored, so that none of them is safe from a crash before the next one works.
+func (m *model) conditionFails() {
+	m.must(os.Remove(m.Path(wanted)))
+	if _, err := m.echo.Restart(); err != nil {
+		m.Logf("restart with a failed condition: %v", err)
+	}
+	m.echo.settled("inactive")
+	m.load.more(uint64(m.random.IntN(2000)))
+	m.must(m.WriteFile(wanted, "", 0o644))
+	m.echo.start()
+	m.expected = append(m.expected, m.echo.instance())
+	m.working = m.echo.instance()
+	m.drainNow()
+}
+
+// stop ends everything, perhaps in the midst of a restart, and begins anew.
+func (m *model) stop() {
+	m.account()
+	switch m.random.IntN(3) {
+	case 0:
+		m.echo.later("restart")
+	case 1:
+		m.installed(never("40s")...)
+		m.echo.startingAfter(box.Process{})
+		m.installed()
+	}
+	m.must(m.echo.Stop())
+	_, _ = m.Systemctl("reset-failed", m.echo.Unit) // as in TestStopInEachPhase
+	m.nothingLeft(m.echo)
+	m.echo.start()
+	m.begin()
+}
+
+// crash kills the newest server, alone or with one of those that look after it: within its watch the one before it takes over, later a new one does.
 func (m *model) crash() {
-	victim := m.echo.server()
-	m.taken++
-	if victim.BoxPid < m.newest {
-		// It works again, and its sockets may have left the fd store: then they end with it and what is in them,
-		// and new flows go to the newest older instance until the next one is ready.
-		m.taken += 100
-		for _, older := range m.echo.processes().Servers {
-			m.expected = append(m.expected, strconv.Itoa(older.BoxPid))
+	procs := m.echo.processes()
+	server := m.echo.server()
+	victims := []box.Process{server}
+	switch m.random.IntN(3) {
+	case 0:
+		victims = append(victims, *procs.Decoy)
+	case 1:
+		if keeper := procs.Keeper(server); keeper != nil { // else an earlier step has killed it
+			victims = append(victims, *keeper)
 		}
 	}
-	m.newest = max(m.newest, victim.BoxPid)
-	m.load.Gone(strconv.Itoa(victim.BoxPid))
+	if m.random.IntN(2) == 0 {
+		slices.Reverse(victims)
+	}
+	m.dies(server, func() {
+		for _, victim := range victims {
+			if err := victim.Kill(unix.SIGKILL); !errors.Is(err, unix.ESRCH) {
+				m.must(err)
+			}
+		}
+	})
+}
+
+// outOfMemory is a crash as the kernel makes it.
+func (m *model) outOfMemory() {
+	server := m.echo.server()
+	m.dies(server, func() { m.starve(m.echo, server) })
+}
+
+// dies has the newest server die, and waits until another one has its place.
+func (m *model) dies(server box.Process, kill func()) {
+	m.killed++
+	// Until the next one is ready new flows go to any that is there, if nothing of it is stored: it may have worked before, and work again.
+	for _, older := range m.echo.processes().Servers {
+		m.expected = append(m.expected, strconv.Itoa(older.BoxPid))
+	}
+	m.load.Gone(strconv.Itoa(server.BoxPid))
 	before := m.load.Snapshot()
-	m.must(victim.Kill(unix.SIGKILL))
+	kill()
 	m.load.until("flows begin at another instance", func(r load.Result) bool {
 		for name, in := range r.Instances {
-			if name != strconv.Itoa(victim.BoxPid) && in.Flows > before.Instances[name].Flows+10 {
+			if name != strconv.Itoa(server.BoxPid) && in.Flows > before.Instances[name].Flows+10 {
 				m.expected = append(m.expected, name)
 				return true
 			}
 		}
 		return false
 	})
+}
+
+// killOlder kills a server that stands by or drains, perhaps with its keeper.
+func (m *model) killOlder() {
+	if len(m.echo.processes().Servers) < 2 {
+		m.restart()
+	}
+	procs := m.echo.processes()
+	older := procs.Servers[:len(procs.Servers)-1]
+	if len(older) == 0 {
+		return // it has drained
+	}
+	victim := older[m.random.IntN(len(older))]
+	m.killed++
+	m.load.Gone(strconv.Itoa(victim.BoxPid))
+	victims := []*box.Process{&victim}
+	if keeper := procs.Keeper(victim); keeper != nil && m.random.IntN(2) == 0 {
+		victims = []*box.Process{keeper, &victim}
+	}
+	for _, p := range victims {
+		if err := p.Kill(unix.SIGKILL); !errors.Is(err, unix.ESRCH) {
+			m.must(err)
+		}
+	}
+	m.must(m.Wait("it is gone", func() (bool, error) { return unix.Kill(victim.Pid, 0) == unix.ESRCH, nil }))
+}
+
+// killAll kills all there is by way of systemd.
+func (m *model) killAll() {
+	victims := m.echo.processes().Servers
+	for _, victim := range victims {
+		m.killed++
+		m.expected = append(m.expected, strconv.Itoa(victim.BoxPid)) // not all of them die at once
+		m.load.Gone(strconv.Itoa(victim.BoxPid))
+	}
+	m.systemctl("kill", "--signal=KILL", m.echo.Unit)
+	m.must(m.Wait("another server is the newest", func() (bool, error) {
+		procs, err := m.echo.Processes()
+		return procs.Decoy != nil && len(procs.Servers) == 1 && procs.Servers[0].BoxPid > victims[len(victims)-1].BoxPid, err
+	}))
 }
 
 // stopped stops the server for a while: whatever is sent to it waits.
@@ -191,10 +341,18 @@ func (m *model) drainNow() {
 // rollback restarts and goes back to the instance that worked before. The newer one ends, so that the newest is the one that works.
 func (m *model) rollback() {
 	m.echo.restart()
-	newer := m.echo.server().BoxPid
-	m.expected = append(m.expected, strconv.Itoa(newer))
+	m.expected = append(m.expected, m.echo.instance())
 	m.grm("rollback", "echo")
-	m.newest = max(m.newest, newer)
+	m.drainNow()
+}
+
+// probeFails is a rollback that a probe brings about.
+func (m *model) probeFails() {
+	m.must(os.Remove(m.Path(well)))
+	m.echo.restart()
+	m.expected = append(m.expected, m.echo.instance())
+	m.echo.statusHas("failed: watch probe")
+	m.must(m.WriteFile(well, "", 0o644))
 	m.drainNow()
 }
 
