@@ -249,28 +249,45 @@ func TestInterrupted(t *testing.T) {
 	}
 }
 
-// Many more starts than there are banks, each dead before the next one: nothing leaks.
+// 10,000 generations are activated and flipped while an older one lives, each gone before the next one: nothing leaks.
 func TestManyGenerations(t *testing.T) {
 	f := newFixture(t, "echo", "udp://127.0.0.1:5201?dissector=noop")
+	f.mustStart()
+	old := f.serve(0)
+	l := f.req.Listeners[0]
 	var files int
 	var before string
 	var objects struct{ maps, programs int }
-	starts := testenv.Scale(500)
+	starts := testenv.Scale(10_000)
 	for n := range starts {
+		f.nextRun()
 		f.mustStart()
-		if want := []string{"grm.ctl", fmt.Sprintf("grm.echo.%d.0", n+1)}; !slices.Equal(f.names(), want) {
+		name := fmt.Sprintf("grm.echo.%d.0", n+2)
+		if want := []string{"grm.ctl", "grm.echo.1.0", name}; !slices.Equal(f.names(), want) {
 			t.Fatalf("stored %v, want %v", f.names(), want)
 		}
+		bank := old.ctl.Plan().Bank
+		old.ctl.SetState(bank, control.Serving)
+		old.ctl.SetReady(bank, control.Now(), 0)
+		old.ctl.Flip(bank)
+		if n%1000 == 0 {
+			if where := f.arrives(l); where != name {
+				t.Fatalf("generation %d was flipped, and a packet came to %q", n+2, where)
+			}
+		}
+		f.drop(func(stored string) bool { return stored == name })
 		if n == 1 {
 			files, before, objects = openFiles(t), f.snapshot(), kernelObjects(t)
 		}
-		f.nextRun()
 	}
 	if n := openFiles(t); n != files {
 		t.Errorf("%d descriptors, %d before", n, files)
 	}
 	if a, b := strings.Count(before, "file "), strings.Count(f.snapshot(), "file "); a != b {
 		t.Errorf("%d files, %d before", b, a)
+	}
+	if where := f.arrives(l); where != "grm.echo.1.0" {
+		t.Errorf("the others are gone, and a packet came to %q", where)
 	}
 	if objects.maps == 0 || objects.programs == 0 {
 		t.Errorf("no BPF objects found by their names: %+v", objects)
