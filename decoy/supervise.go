@@ -287,8 +287,8 @@ func (d *decoy) adopt(b int) (process, error) {
 	return keeper, nil
 }
 
-// dropSockets closes those of a generation: its server needs them from now on,
-// and a decoy that held a socket would keep it bound.
+// dropSockets closes a generation's sockets: one that this process went on to
+// hold would stay bound when its instance ends.
 func (d *decoy) dropSockets(generation uint64) {
 	closeAll(d.in.sockets[generation])
 	delete(d.in.sockets, generation)
