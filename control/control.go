@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"math/bits"
 	"os"
+	"slices"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -263,6 +264,22 @@ func (m *Map) Withdraw(bank int) {
 // bank is a flip back from a server that still answers.
 func (m *Map) StepBack(bank int) {
 	m.reorder(func(banks []int) []int { return without(banks, bank) })
+}
+
+// Yield is StepBack if that leaves another bank in the order, and says whether
+// it did, or had nothing to do. Of banks that yield to each other at the same
+// time the last one stays.
+func (m *Map) Yield(bank int) bool {
+	for {
+		old := m.Order()
+		rest := without(old.Banks(), bank)
+		if len(rest) == 0 {
+			return !slices.Contains(old.Banks(), bank)
+		}
+		if m.SwapOrder(old, rest) {
+			return true
+		}
+	}
 }
 
 // SwapOrder replaces the order as a whole, if it still is old; the alive bits stay.

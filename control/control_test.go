@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unsafe"
@@ -142,6 +143,32 @@ func TestSince(t *testing.T) {
 }
 
 // Each change of the order is whole, whoever makes another at the same time.
+// Of banks that yield to each other at the same time one stays.
+func TestYield(t *testing.T) {
+	m := newMap(1)
+	if !m.Yield(1) {
+		t.Error("what is in no order has nobody to yield to, and nothing to do")
+	}
+	for range 1000 {
+		var stayed atomic.Uint32
+		var all sync.WaitGroup
+		for b := range 4 {
+			m.Flip(b)
+		}
+		for b := range 4 {
+			all.Go(func() {
+				if !m.Yield(b) {
+					stayed.Store(uint32(b) + 1)
+				}
+			})
+		}
+		all.Wait()
+		if got := m.Order().Banks(); len(got) != 1 || got[0]+1 != int(stayed.Load()) {
+			t.Fatalf("order %v, bank %d says that it stays", got, int(stayed.Load())-1)
+		}
+	}
+}
+
 func TestConcurrentOrder(t *testing.T) {
 	m := newMap(1)
 	var all sync.WaitGroup

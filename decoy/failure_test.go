@@ -340,6 +340,34 @@ func TestOrphansAreCounted(t *testing.T) {
 	}
 }
 
+// Both end at the same time in the watch, as systemctl kill has it. Each may
+// take the other for the one that goes on: somebody's sockets have to wait.
+func TestBothEndInWatch(t *testing.T) {
+	t.Parallel()
+	for range 5 {
+		m, r, server1 := second(t, watched, "say=READY=1")
+		server2, _ := m.report("start")
+		m.hears("gen 1 standing by")
+		_ = unix.Kill(server1, unix.SIGKILL)
+		_ = unix.Kill(server2, unix.SIGKILL)
+		m.until("the decoy ends", func() bool {
+			select {
+			case <-r.done:
+				return true
+			default:
+				return false
+			}
+		})
+		working := m.ctl.Working()
+		if working < 0 || !m.ctl.Alive(working) || m.ctl.Bank(working).State != control.Serving {
+			t.Fatalf("order %v", m.ctl.Order().Banks())
+		}
+		if name := socketName("echo", m.ctl.Bank(working).Generation, 0); !slices.Contains(m.names(), name) {
+			t.Errorf("%s works, and is not among what is stored: %q", name, m.names())
+		}
+	}
+}
+
 // Keeper and server of the older instance are told apart also when it has to
 // take over.
 func TestGoBackToOrphan(t *testing.T) {

@@ -359,11 +359,10 @@ func (k *keeper) older() int {
 // probeFailed is what a failed probe of the watch comes to: the new flows go
 // back to the older instance, and this one ends as a drained one does.
 func (k *keeper) probeFailed(reason string) {
-	if k.older() < 0 {
+	if k.older() < 0 || !k.ctl.Yield(k.bank) {
 		say("%s: %s, and no older instance to go back to", k, reason)
 		return
 	}
-	k.ctl.StepBack(k.bank)
 	k.beginDrain(control.Now())
 	k.failed(reason)
 }
@@ -482,7 +481,8 @@ func (k *keeper) succeed() bool {
 	return true
 }
 
-// settle writes into the control map what the end of the server means.
+// settle writes into the control map what the end of the server means. When
+// several end at the same time, each finds others there: the last one stays.
 func (k *keeper) settle() {
 	if k.ctl == nil {
 		return
@@ -499,10 +499,10 @@ func (k *keeper) settle() {
 			say("%s failed: %s", k, k.failure)
 		}
 		k.tell(msgFailed, k.failure)
-	case !working:
+	case !working && k.ctl.Yield(k.bank):
 		k.retire()
 		say("%s has ended (%s)", k, k.failure)
-	case k.watched(control.Now()) && k.older() >= 0:
+	case k.watched(control.Now()) && k.older() >= 0 && k.ctl.Yield(k.bank):
 		k.retire()
 		k.failed(k.failure)
 	default:

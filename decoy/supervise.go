@@ -251,7 +251,7 @@ func (d *decoy) adoptOrphans() {
 		p, err := openMember(bank.Server, "")
 		if err != nil {
 			gone := bank.Server == 0 || errors.Is(err, unix.ESRCH)
-			if gone && d.phase == speaking && b != d.ctl.Working() {
+			if gone && d.phase == speaking && b != d.ctl.Working() && d.ctl.Yield(b) {
 				retire(d.ctl, b)
 				d.ctl.SetPids(b, 0, 0)
 				say("gen %d has ended, and its keeper was killed: its flows begin anew", bank.Generation)
