@@ -142,7 +142,6 @@ func TestSince(t *testing.T) {
 	}
 }
 
-// Each change of the order is whole, whoever makes another at the same time.
 // Of banks that yield to each other at the same time one stays.
 func TestYield(t *testing.T) {
 	m := newMap(1)
@@ -169,6 +168,7 @@ func TestYield(t *testing.T) {
 	}
 }
 
+// Each change of the order is whole, whoever makes another at the same time.
 func TestConcurrentOrder(t *testing.T) {
 	m := newMap(1)
 	var all sync.WaitGroup

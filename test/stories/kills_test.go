@@ -35,6 +35,16 @@ func (v *service) replaced(g *driver, victim box.Process) {
 	g.until("the next one answers", func(r load.Result) bool { return r.Instances[next].Answers > 200 })
 }
 
+// kill kills processes, one after the other. Some follow another one on their own, and may be quicker.
+func (s *story) kill(victims ...box.Process) {
+	s.Helper()
+	for _, victim := range victims {
+		if err := victim.Kill(unix.SIGKILL); !errors.Is(err, unix.ESRCH) {
+			s.must(err)
+		}
+	}
+}
+
 // TestKilledPairs kills the server together with one of those that look after it. (TestCrash has it alone, and all three; TestKilledHelpers the
 // others without it.) The next server gets the sockets, and what waits in them.
 func TestKilledPairs(t *testing.T) {
@@ -53,12 +63,7 @@ func TestKilledPairs(t *testing.T) {
 		g.Mark(name)
 		procs := echo.processes()
 		g.Gone(strconv.Itoa(procs.Servers[0].BoxPid))
-		for _, victim := range pair(procs) {
-			// A decoy follows its server on its own, and may be quicker.
-			if err := victim.Kill(unix.SIGKILL); !errors.Is(err, unix.ESRCH) {
-				s.must(err)
-			}
-		}
+		s.kill(pair(procs)...)
 		echo.replaced(g, procs.Servers[0])
 	}
 	// They are the last one's for good.

@@ -30,7 +30,6 @@ func (s *story) grm(args ...string) string {
 // TestByHand rolls back and ends drains by hand, under load. A probe that fails within the watch does the same as a rollback.
 func TestByHand(t *testing.T) {
 	s := newStory(t)
-	const well = "/run/well"
 	echo := s.install("echo", "[watch]\ntime = \"2s\"\n",
 		"[watch]\ntime = \"1h\"\nprobe = [\"/usr/bin/test\", \"-e\", \""+well+"\"]\n[drain]\nidle = \"3s\"\ngrace = \"1s\"\n")
 	echo.start()

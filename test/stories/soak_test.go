@@ -1,7 +1,6 @@
 package stories
 
 import (
-	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -243,13 +242,7 @@ func (m *model) crash() {
 	if m.random.IntN(2) == 0 {
 		slices.Reverse(victims)
 	}
-	m.dies(server, func() {
-		for _, victim := range victims {
-			if err := victim.Kill(unix.SIGKILL); !errors.Is(err, unix.ESRCH) {
-				m.must(err)
-			}
-		}
-	})
+	m.dies(server, func() { m.kill(victims...) })
 }
 
 // outOfMemory is a crash as the kernel makes it.
@@ -292,15 +285,10 @@ func (m *model) killOlder() {
 	victim := older[m.random.IntN(len(older))]
 	m.killed++
 	m.load.Gone(strconv.Itoa(victim.BoxPid))
-	victims := []*box.Process{&victim}
 	if keeper := procs.Keeper(victim); keeper != nil && m.random.IntN(2) == 0 {
-		victims = []*box.Process{keeper, &victim}
+		m.kill(*keeper)
 	}
-	for _, p := range victims {
-		if err := p.Kill(unix.SIGKILL); !errors.Is(err, unix.ESRCH) {
-			m.must(err)
-		}
-	}
+	m.kill(victim)
 	m.must(m.Wait("it is gone", func() (bool, error) { return unix.Kill(victim.Pid, 0) == unix.ESRCH, nil }))
 }
 
