@@ -255,19 +255,14 @@ func (m *Map) Flip(bank int) int {
 // new flows from now on, and the newest older generation takes those. Doing so
 // to the working bank is a flip back.
 func (m *Map) Withdraw(bank int) {
-	m.StepBack(bank)
+	m.reorder(func(banks []int) []int { return without(banks, bank) })
 	m.setAlive(bank, false)
 }
 
-// StepBack takes bank out of the order and leaves it alive: it keeps its flows,
-// and the newest older generation takes the new ones. Doing so to the working
-// bank is a flip back from a server that still answers.
-func (m *Map) StepBack(bank int) {
-	m.reorder(func(banks []int) []int { return without(banks, bank) })
-}
-
-// Yield is StepBack if that leaves another bank in the order, and says whether
-// it did, or had nothing to do. Of banks that yield to each other at the same
+// Yield takes bank out of the order if that leaves another one in it, and says
+// whether it did, or had nothing to do. The bank stays alive: it keeps its flows,
+// and the newest older generation takes the new ones, which is a flip back from
+// a server that still answers. Of banks that yield to each other at the same
 // time the last one stays.
 func (m *Map) Yield(bank int) bool {
 	for {

@@ -108,12 +108,12 @@ func TestFlip(t *testing.T) {
 		t.Fatalf("order %v, alive %b", got, m.AliveBanks())
 	}
 	before := m.Order()
-	m.StepBack(3)
+	m.Yield(3)
 	if m.SwapOrder(before, []int{7}) {
 		t.Error("a change that came in between is lost")
 	}
 	if got := m.Order().Banks(); !slices.Equal(got, []int{5}) || !m.Alive(3) {
-		t.Fatalf("after a step back: order %v, alive %b", got, m.AliveBanks())
+		t.Fatalf("after it yielded: order %v, alive %b", got, m.AliveBanks())
 	}
 	m.Withdraw(5)
 	if m.Working() != -1 || m.Alive(5) {
@@ -176,7 +176,7 @@ func TestConcurrentOrder(t *testing.T) {
 		all.Go(func() {
 			for range 1000 {
 				m.Flip(b)
-				m.StepBack(b)
+				m.Withdraw(b)
 			}
 			m.Flip(b)
 		})
